@@ -1,0 +1,507 @@
+"""Distill a data set: learn a few synthetic images per class that lead a student along the experts' trajectories.
+
+    python distillation.py --dataset=EuroSAT --ipc=1 --syn_steps=20 --expert_epochs=3 --max_start_epoch=5 --zca \
+        --lr_img=1000 --lr_lr=1e-05 --lr_teacher=0.01 --buffer_path=BUF --data_path=DATA
+
+needs the experts of `expert_trajectories.py` with the same --dataset, --model and --zca. Every --eval_it iterations it
+trains fresh networks on the synthetic images and tests them on real ones. It logs to Weights & Biases and writes to
+logged_files/DATASET/RUN: images, labels and step size as tensors, picture grids, an animation, and results.json.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import wandb
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import utils
+from reparam_module import ReparamModule, match_trajectory
+from utils import CLASS_NAMES, IM_SIZE, Data, ReportedError
+
+EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` standing for --model
+    "S": ("model",),
+    "A": ("ConvNet", "MLP", "ResNet18"),
+    "R": ("model", "ResNet18"),
+    "M": ("model", "MLP"),
+    "C": ("model", "ConvNet"),
+    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
+    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
+    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
+    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
+}
+
+
+def parse_args():
+    parser = utils.Parser(__doc__.splitlines()[0])
+    utils.add_shared_flags(parser, batch_train=256)
+    add = parser.add_argument
+    add("--ipc", type=utils.count, default=1, help="synthetic images per class")
+    add("--Iteration", type=utils.number(int, 0), default=5000, help="distillation iterations")
+    add("--lr_img", type=utils.not_negative, default=1000.0, help="learning rate of the images")
+    add("--lr_lr", type=utils.not_negative, default=1e-5, help="learning rate of the step size α")
+    add("--expert_epochs", type=utils.count, default=3, help="M: expert epochs that the student must match")
+    add("--syn_steps", type=utils.count, default=20, help="N: the student's steps on synthetic images")
+    add("--max_start_epoch", type=utils.count, default=25,
+        help="T⁺: segments start at an expert's epoch below this one")
+    add("--batch_syn", type=utils.count, help="synthetic images per step (default: all of them)")
+    add("--pix_init", choices=("real", "noise"), default="real", help="what the synthetic images start from")
+    utils.add_flag(parser, "--no_aug", help="no augmentation while distilling (evaluation keeps its own)")
+    utils.add_flag(parser, "--texture", help="distill canvases, from which random windows are cut; not with --zca")
+    add("--canvas_size", type=utils.count, default=2, help="with --texture: side of a canvas, in images")
+    add("--canvas_samples", type=utils.count, default=1, help="with --texture: windows per canvas in a batch")
+    add("--eval_mode", choices=sorted(EVAL_POOLS), default="S",
+        help="networks to evaluate on: S itself; A ConvNet, MLP, ResNet18; "
+        "R, M, C itself and ResNet18, MLP, ConvNet; W, D, P, N ConvNet's widths, depths, poolings, normalisations")
+    add("--num_eval", type=utils.count, default=5, help="fresh networks per evaluation")
+    add("--eval_it", type=utils.count, default=100, help="iterations from one evaluation to the next")
+    add("--epoch_eval_train", type=utils.count, default=1000, help="epochs on the synthetic images in an evaluation")
+    add("--batch_real", type=utils.count, default=256, help="real images per batch when testing a network")
+    add("--max_files", type=utils.count, help="trajectory files to read (default: all)")
+    add("--max_experts", type=utils.count, help="experts to read per file (default: all)")
+    utils.add_flag(parser, "--load_all", help="hold the experts' snapshots on the device")
+    utils.add_flag(parser, "--force_save", help="log pictures to wandb with 50 images per class or more, too")
+    add("--log_dir", type=Path, default=Path("logged_files"), help="where results are written")
+    add("--run_name", help="name of the run and its folder (default: from the settings)")
+    add("--wandb_mode", choices=("online", "offline", "disabled"), help="default: online when logged in, else offline")
+    add("--wandb_project", default="DatasetDistillation", help="wandb project")
+    add("--wandb_entity", help="wandb user or team")
+    args = parser.parse_args()
+    if args.zca and args.texture:
+        parser.error("--zca and --texture exclude each other: whitening is fitted to whole images; leave one out")
+    args.batch_syn = args.batch_syn or args.ipc * len(CLASS_NAMES)
+    if args.batch_syn > args.ipc * len(CLASS_NAMES):
+        parser.error(f"--batch_syn={args.batch_syn} is more than the {args.ipc * len(CLASS_NAMES)} synthetic images")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts
+
+
+@dataclass(frozen=True)
+class Experts:
+    trajectories: list  # of experts, of snapshots, of tensors
+    test_accuracies: list  # of each expert after its last epoch; empty where nothing is recorded
+    epochs: int  # that every expert has at least
+
+    def check_epochs(self, max_start_epoch, expert_epochs):
+        """Raise ReportedError where the last segment, from T⁺ − 1 to T⁺ − 1 + M, ends after the experts do."""
+        if max_start_epoch - 1 + expert_epochs > self.epochs:
+            raise ReportedError(
+                f"--max_start_epoch={max_start_epoch} and --expert_epochs={expert_epochs} need experts of "
+                f"{max_start_epoch - 1 + expert_epochs} epochs; these have {self.epochs}: lower one of them, "
+                "or train experts with more --train_epochs")
+
+    def on_device(self, snapshots, device):
+        """The same with each expert's first `snapshots` on the device."""
+        trajectories = [[[p.to(device) for p in snapshot] for snapshot in expert[:snapshots]]
+                        for expert in self.trajectories]
+        return replace(self, trajectories=trajectories)
+
+    def segment(self, expert, epoch, length, device):
+        """θ*_t and θ*_{t+M}, flat (P,), of an expert, t = `epoch`, M = `length`."""
+        snapshots = (self.trajectories[expert][t] for t in (epoch, epoch + length))
+        return tuple(torch.cat([p.reshape(-1) for p in snapshot]).to(device) for snapshot in snapshots)
+
+
+def load_experts(folder, settings, shapes, max_files, max_experts):
+    """The experts in `folder`, memory-mapped.
+
+    Raises ReportedError where there are none, where they were made with other `settings`, or where their tensors do not
+    have the network's parameter `shapes`.
+    """
+    files = utils.expert_files(folder)[:max_files]
+    if not files:
+        raise ReportedError(
+            f"no replay_buffer_0.pt in {folder}: train experts first (expert_trajectories.py with the same "
+            "--dataset, --model, --zca and --buffer_path)")
+    trajectories, accuracies = [], []
+    for path in files:
+        record = utils.read_record(path)
+        if record is None:
+            warnings.warn(f"{path} has no record of its settings: whether its preprocessing fits cannot be checked")
+        else:
+            utils.check_record(path, record["settings"], settings)
+            accuracies += [expert["test_accuracy"][-1] for expert in record["experts"][:max_experts]]
+        trajectories += utils.read_trajectories(path)[:max_experts]
+    if any([p.shape for p in expert[0]] != shapes for expert in trajectories):
+        raise ReportedError(f"{folder} holds experts of another architecture: use the --model they were trained with")
+    return Experts(trajectories, accuracies, epochs=min(len(expert) for expert in trajectories) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synthetic images
+
+
+def initial_images(data: Data, ipc, pix_init, canvas_size, generator):
+    """Images (ipc * classes, 3, H, W) to start from, H = W = canvas_size * 64, and their labels, ordered by class."""
+    label_syn = torch.arange(len(CLASS_NAMES)).repeat_interleave(ipc)
+    if pix_init == "noise":
+        side = canvas_size * IM_SIZE
+        return torch.randn(len(label_syn), 3, side, side, generator=generator), label_syn
+    tiles = [[random_real(data, ipc, generator)[0] for _ in range(canvas_size)] for _ in range(canvas_size)]
+    return torch.cat([torch.cat(row, dim=3) for row in tiles], dim=2).cpu(), label_syn
+
+
+def random_real(data: Data, ipc, generator):
+    """`ipc` random training images of each class, and their labels, ordered by class."""
+    images, labels = data.train
+    chosen = []
+    for label, name in enumerate(CLASS_NAMES):
+        members = torch.nonzero(labels.cpu() == label).flatten()
+        if ipc > len(members):
+            raise ReportedError(f"--ipc={ipc} is more than the {len(members)} training images of {name}: lower it")
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:ipc]])
+    chosen = torch.cat(chosen).to(images.device)
+    return images[chosen], labels[chosen]
+
+
+def cut_windows(x, y, samples, generator):
+    """Texture mode: `samples` random windows of each canvas (B, 3, H, W), which wraps around, and their labels."""
+    offsets = torch.randint(x.shape[2], (2, samples * len(x), 1), generator=generator)
+    rows, cols = ((torch.arange(IM_SIZE) + offsets) % x.shape[2]).to(x.device)
+    return utils.window(x.repeat(samples, 1, 1, 1), rows, cols), y.repeat(samples)
+
+
+def make_prepare(augment, samples):
+    """`prepare(x, y, generator)` for synthetic batches: cut `samples` windows (0: no texture mode), then augment."""
+
+    def prepare(x, y, generator):
+        if samples:
+            x, y = cut_windows(x, y, samples, generator)
+        return augment(x, y, generator) if augment else (x, y)
+
+    return prepare
+
+
+def synthetic_batches(image_syn, label_syn, steps, batch_syn, prepare, generator):
+    """The student's mini-batches: `steps` batches from random permutations of the synthetic images, each prepared."""
+    chunks = []
+    for _ in range(steps):
+        if not chunks:
+            chunks = list(torch.randperm(len(image_syn), generator=generator).to(image_syn.device).split(batch_syn))
+        chosen = chunks.pop()
+        yield prepare(image_syn[chosen], label_syn[chosen], generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies, in [0, 1], of the networks of one evaluation; `val` is NaN without a validation set."""
+
+    val: list
+    test: list
+
+    def __str__(self):
+        parts = (f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" for part in (self.val, self.test))
+        return "   ".join(f"{'' if 'nan' in part else part:16}" for part in parts)
+
+    @property
+    def choice(self):
+        """What the best iteration is chosen by: the validation set; where there is none, the test set (MTT's rule)."""
+        return np.mean(self.test if np.isnan(self.val).any() else self.val)
+
+
+def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, epochs, batch_train, batch_real):
+    """Train a fresh `model` on each of `training_sets`, pairs of images and labels, and test it on real images.
+
+    Initial weights and augmentation follow from `key`, not from what ran before.
+    """
+    scores = Scores([], [])
+    for index, (images, labels) in enumerate(training_sets):
+        generator = utils.make_generator("evaluation", *key, model, index)
+        network = utils.initial_network(model, generator, images.device)
+        logits = runner(network)
+        utils.evaluate_synset(network, logits, images, labels, syn_lr, epochs, batch_train, prepare, generator)
+        scores.val.append(utils.accuracy(network, logits, *data.val, batch_real))
+        scores.test.append(utils.accuracy(network, logits, *data.test, batch_real))
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and files
+
+
+def draw_grid(images, labels, title):
+    """A labelled picture of images (B, 3, H, W), each scaled to its own range: a column per class, or rows of five."""
+    count, _, height, width = images.shape
+    columns = 5 if count == len(CLASS_NAMES) else len(CLASS_NAMES)
+    rows = -(-count // columns)
+    scale = max(1, (192 if columns == 5 else 128) // height)
+    cell_w, cell_h, head = width * scale + 8, height * scale + 22, 26
+    picture = Image.new("RGB", (columns * cell_w + 8, rows * cell_h + head + 4), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    draw.text((8, 6), title, fill="black", font=font)
+    # The images are ordered by class: five columns take them as they come, ten take each class down a column.
+    order = range(count) if columns == 5 else [c * rows + r for r in range(rows) for c in range(columns)]
+    for place, index in enumerate(order):
+        image = images[index] - images[index].min()
+        pixels = (image / image.max().clamp(min=1e-8) * 255).byte().permute(1, 2, 0).numpy()
+        tile = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        left, top = place % columns * cell_w + 8, place // columns * cell_h + head
+        picture.paste(tile, (left, top))
+        draw.text((left, top + height * scale + 2), CLASS_NAMES[labels[index]], fill="black", font=font)
+    return picture
+
+
+def clip(images, deviations=2.5):
+    """Images with values beyond so many standard deviations from the mean cut off, as in MTT's pictures."""
+    mean, std = images.mean(), images.std()
+    return images.clamp(mean - deviations * std, mean + deviations * std)
+
+
+def save_synthetic(folder, tag, image_syn, label_syn, syn_lr, data: Data):
+    """Write images, labels and α as bare tensors: images_{tag}.pt and labels_{tag}.pt are what MTT's tools read."""
+    tensors = {"images": image_syn, "labels": label_syn, "syn_lr": syn_lr}
+    if data.zca:
+        tensors["images_zca"] = data.to_pixels(image_syn)
+    for name, tensor in tensors.items():
+        bare = tensor.detach().cpu().clone()
+        utils.write_whole(folder / f"{name}_{tag}.pt", lambda path, bare=bare: torch.save(bare, path))
+
+
+def save_picture(folder, name, picture, **options):
+    utils.write_whole(folder / name, lambda path: picture.save(path, format=name.rsplit(".")[-1], **options))
+
+
+def save_animation(folder):
+    """`animation.gif` of the run's grids, from the first iteration to the last."""
+    grids = [Image.open(path).convert("RGB") for path in sorted(folder.glob("grid_*.png"))]
+    first, *others = grids
+    save_picture(folder, "animation.gif", first, save_all=True, append_images=others,
+                 duration=[200] * len(others) + [2000], loop=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights & Biases
+
+
+def start_wandb(folder, config, mode, project, entity):
+    """A wandb run that never asks and never fails the run: online when logged in and reachable, else offline."""
+    mode = mode or os.environ.get("WANDB_MODE")
+    if mode is None:
+        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+    options = {"dir": folder, "config": config, "project": project, "entity": entity, "name": folder.name,
+               "settings": wandb.Settings(silent=True, init_timeout=30)}
+    try:
+        run = wandb.init(mode=mode, **options)
+    except wandb.Error as error:
+        warnings.warn(f"wandb cannot go online ({error}); logging offline")
+        run = wandb.init(mode="offline", **options)
+    if run.settings.mode == "offline":
+        print(f"wandb logs offline; to upload: wandb sync {Path(run.dir).parent}")
+    return run
+
+
+def picture_log(image_syn, label_syn, data: Data, title):
+    """MTT's wandb keys for the images: histograms, and pictures of the tensors as they are and after inverting ZCA."""
+    histogram = wandb.Histogram(image_syn)
+    log = {"Pixels": histogram, "Synthetic_Pixels": histogram}
+    views = {"Synthetic": image_syn} | ({"Reconstructed": data.to_pixels(image_syn)} if data.zca else {})
+    for name, images in views.items():
+        log[f"{name}_Images"] = wandb.Image(draw_grid(images, label_syn, title))
+        log[f"Clipped_{name}_Images/std_2.5"] = wandb.Image(draw_grid(clip(images), label_syn, title))
+    if data.zca:
+        log["Reconstructed_Pixels"] = wandb.Histogram(views["Reconstructed"])
+    return log
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+
+
+def run_settings(args):
+    """The settings that a result depends on: all but paths, names and where it runs."""
+    left_out = ("data_path", "buffer_path", "log_dir", "run_name", "device", "load_all", "force_save")
+    return {key: value for key, value in vars(args).items() if key not in left_out and not key.startswith("wandb")}
+
+
+def run_folder(args, settings):
+    """The run's folder below --log_dir. Raises ReportedError where it holds a run with other settings."""
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:6]
+    name = args.run_name or f"{args.model}_ipc{args.ipc}{'_zca' if args.zca else ''}_seed{args.seed}_{digest}"
+    folder = args.log_dir / args.dataset / name
+    try:
+        utils.check_record(folder, json.loads((folder / "results.json").read_text())["settings"], settings,
+                           "--run_name")
+    except FileNotFoundError:
+        pass
+    return folder
+
+
+class Evaluations:
+    """All evaluations of a run, oldest first, and which of them is the best (on average over the networks)."""
+
+    def __init__(self):
+        self.rows, self.best = [], None
+
+    def add(self, iteration, scores, syn_lr, loss, seconds):
+        """Take an evaluation; `loss` is the mean since the last one, None for the first. True for a new best."""
+        self.rows.append({"iteration": iteration, "syn_lr": syn_lr, "loss": loss, "seconds": seconds, "scores": scores})
+        if self.best is None or mean_choice(scores) > mean_choice(self.best["scores"]):
+            self.best = self.rows[-1]
+        return self.best is self.rows[-1]
+
+    def log(self):
+        """The wandb keys of the latest evaluation."""
+        log = {}
+        for network, scores in self.rows[-1]["scores"].items():
+            best = max((row["scores"][network] for row in self.rows), key=lambda scores: scores.choice)
+            for prefix, part in (("", "test"), ("Validation_", "val")):
+                log |= {f"{prefix}Accuracy/{network}": np.mean(getattr(scores, part)),
+                        f"{prefix}Std/{network}": np.std(getattr(scores, part)),
+                        f"Max_{prefix}Accuracy/{network}": np.mean(getattr(best, part)),
+                        f"Max_{prefix}Std/{network}": np.std(getattr(best, part))}
+        return {key: value for key, value in log.items() if not math.isnan(value)}
+
+    def table(self):
+        """Lines for the latest evaluation, one per network."""
+        row = self.rows[-1]
+        loss = "" if row["loss"] is None else f"{row['loss']:6.4f}"
+        return "\n".join(f"{row['iteration']:9d} {network:12} {scores}   {row['syn_lr']:8.5f}  {loss}"
+                         for network, scores in row["scores"].items())
+
+
+def mean_choice(scores):
+    return np.mean([score.choice for score in scores.values()])
+
+
+def check_progress(iteration, expert, start_epoch, loss, syn_lr):
+    """Raise ReportedError where the run has diverged: a loss or an α that is not finite, or α not positive."""
+    if not (math.isfinite(loss) and math.isfinite(syn_lr) and syn_lr > 0):
+        raise ReportedError(
+            f"diverged at iteration {iteration} (expert {expert}, start epoch {start_epoch}): loss {loss:.4g}, "
+            f"α {syn_lr:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps; what was saved is kept")
+
+
+def save_results(folder, settings, data: Data, experts: Experts, baseline, evaluations: Evaluations):
+    """Write results.json: settings, versions, every evaluation's accuracies, and what they are compared with."""
+
+    def plain(scores):
+        return {network: vars(score) for network, score in scores.items()}
+
+    results = {
+        "settings": settings,
+        "data": data.settings,
+        "experts": len(experts.trajectories),
+        "versions": utils.versions(),
+        "threads": torch.get_num_threads(),
+        "best_iteration": evaluations.best["iteration"],
+        "evaluations": [row | {"scores": plain(row["scores"])} for row in evaluations.rows],
+        "random_real": plain(baseline),
+        "experts_test_accuracy": experts.test_accuracies,
+    }
+    utils.write_whole(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+
+
+def summary(data: Data, experts: Experts, baseline, evaluations: Evaluations, num_images, folder):
+    """The closing table: what networks reach on random real images, on the distilled ones, on all training images."""
+    best = evaluations.best
+    rows = [("trained on", "network", f"{'validation':^16}   {'test':^16}")]
+    rows += [(f"{num_images} random real images", network, scores) for network, scores in baseline.items()]
+    rows += [(f"{num_images} distilled images", network, scores) for network, scores in best["scores"].items()]
+    if experts.test_accuracies:
+        accuracies = experts.test_accuracies
+        unknown = [math.nan] * len(accuracies)
+        rows.append((f"all {len(data.train[1])} training images", "(experts)", Scores(unknown, accuracies)))
+    table = "\n".join(f"{trained_on:30} {network:12} {scores}" for trained_on, network, scores in rows)
+    return f"\nBest iteration: {best['iteration']}, α = {best['syn_lr']:.5f}\n{table}\nFiles: {folder}"
+
+
+def main():
+    args = parse_args()
+    device, settings = utils.check_device(args.device), run_settings(args)
+    folder = run_folder(args, settings)
+    model = utils.ALIASES.get(args.model, args.model)
+    pool = list(dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[args.eval_mode]))
+
+    network = utils.initial_network(model, utils.make_generator(0), device)  # before the data: refuses unknown names
+    student, shapes = ReparamModule(network), [p.shape for p in network.parameters()]
+    data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
+    buffer = utils.expert_folder(args.buffer_path, args.dataset, args.zca, model)
+    experts = load_experts(buffer, data.settings | {"model": model}, shapes, args.max_files, args.max_experts)
+    experts.check_epochs(args.max_start_epoch, args.expert_epochs)
+    if args.load_all:
+        experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
+
+    random = utils.make_generator("distillation", args.seed)
+    canvas_size = args.canvas_size if args.texture else 1
+    image_syn, label_syn = initial_images(data, args.ipc, args.pix_init, canvas_size, random)
+    image_syn, label_syn = image_syn.to(device).requires_grad_(True), label_syn.to(device)
+    syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # α
+    optimizer_img = torch.optim.SGD([image_syn], lr=args.lr_img, momentum=0.5)
+    optimizer_lr = torch.optim.SGD([syn_lr], lr=args.lr_lr, momentum=0.5)
+
+    augment = utils.make_prepare(args.dsa, args.dsa_strategy)
+    windows = args.canvas_samples if args.texture else 0
+    prepare_student = make_prepare(augment if args.dsa and not args.no_aug else None, windows)
+    prepare_eval = make_prepare(augment, windows)
+    runner = utils.Runner(args.compile, args.amp)
+
+    def evaluate_pool(training_sets, alpha, prepare, *key):
+        sizes = {"epochs": args.epoch_eval_train, "batch_train": args.batch_train, "batch_real": args.batch_real}
+        key = (args.seed, *key)
+        return {name: evaluate(name, training_sets, alpha, data, runner, prepare, key, **sizes) for name in pool}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run = start_wandb(folder, settings, args.wandb_mode, args.wandb_project, args.wandb_entity)
+    print(f"{len(label_syn)} synthetic images, {len(experts.trajectories)} experts; results in {folder}")
+    print(f"{'iteration':>9} {'network':12} {'validation':^16}   {'test':^16}   {'α':>8}  {'loss':>6}", flush=True)
+    start, losses, evaluations = time.time(), [], Evaluations()
+    draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
+    real_sets = [random_real(data, args.ipc, draw) for draw in draws]
+    baseline = evaluate_pool(real_sets, args.lr_teacher, augment, "random real")
+    bar = tqdm(total=args.Iteration, mininterval=1)
+    for it in range(args.Iteration + 1):
+        log = {"Progress": it, "Synthetic_LR": syn_lr.item()}
+        if it % args.eval_it == 0 or it == args.Iteration:
+            images = image_syn.detach().clone()
+            scores = evaluate_pool([(images, label_syn)] * args.num_eval, syn_lr.item(), prepare_eval, it)
+            loss = float(np.mean(losses)) if losses else None
+            is_best = evaluations.add(it, scores, syn_lr.item(), loss, round(time.time() - start, 1))
+            bar.write(evaluations.table())
+            log |= evaluations.log()
+            losses.clear()
+            title = f"{args.dataset}, {model}, iteration {it}"
+            save_picture(folder, f"grid_{it:06d}.png", draw_grid(clip(data.to_pixels(images)), label_syn, title))
+            if is_best or it % 1000 == 0:
+                for tag in [it, "best"] if is_best else [it]:
+                    save_synthetic(folder, tag, images, label_syn, syn_lr, data)
+                log |= picture_log(images.cpu(), label_syn, data, title) if args.ipc < 50 or args.force_save else {}
+            save_results(folder, settings, data, experts, baseline, evaluations)
+        if it == args.Iteration:
+            run.log(log, step=it)
+            break
+
+        expert = int(torch.randint(len(experts.trajectories), (1,), generator=random))
+        start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=random))
+        batches = synthetic_batches(image_syn, label_syn, args.syn_steps, args.batch_syn, prepare_student, random)
+        segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
+        loss, image_syn.grad, syn_lr.grad = match_trajectory(student, *segment, image_syn, syn_lr, batches)
+        optimizer_img.step()
+        optimizer_lr.step()
+        losses.append(loss.item())
+        check_progress(it, expert, start_epoch, losses[-1], syn_lr.item())
+        run.log(log | {"Grand_Loss": losses[-1], "Start_Epoch": start_epoch}, step=it)
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", α=f"{syn_lr.item():.5f}", refresh=False)
+        bar.update()
+    bar.close()
+    save_animation(folder)
+    run.finish()
+    print(summary(data, experts, baseline, evaluations, len(label_syn), folder))
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,173 @@
+"""The networks of the experiments: ConvNet and its variants, MLP, ResNet18, VGG16.
+
+Every network maps images (B, channels, im_size, im_size) to logits (B, num_classes). Parameter names and their order
+are those of MTT's networks: trajectory files hold bare lists in this order, and can so be exchanged with MTT.
+"""
+
+from torch import nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLP
+
+
+class MLP(nn.Module):
+    """Three linear layers with two hidden layers of 128 units."""
+
+    def __init__(self, channels, num_classes, im_size):
+        super().__init__()
+        self.fc_1 = nn.Linear(channels * im_size * im_size, 128)
+        self.fc_2 = nn.Linear(128, 128)
+        self.fc_3 = nn.Linear(128, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.fc_1(x.flatten(1)))
+        x = F.relu(self.fc_2(x))
+        return self.fc_3(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ConvNet (Gidaris & Komodakis 2018; the network of all dataset-distillation papers)
+
+ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "leakyrelu": lambda: nn.LeakyReLU(0.01)}
+
+POOLINGS = {"none": None, "max": lambda: nn.MaxPool2d(2), "avg": lambda: nn.AvgPool2d(2)}
+
+NORMS = {  # each takes the feature map's channels and side length
+    "none": None,
+    "batch": lambda channels, size: nn.BatchNorm2d(channels),
+    "layer": lambda channels, size: nn.LayerNorm([channels, size, size]),
+    "instance": lambda channels, size: nn.GroupNorm(channels, channels),
+    "group": lambda channels, size: nn.GroupNorm(4, channels),
+}
+
+
+class ConvNet(nn.Module):
+    """`depth` blocks of [3×3 convolution → normalisation → activation → pooling by 2], then one linear layer."""
+
+    def __init__(self, channels, num_classes, im_size, *, width=128, depth=3, act="relu", norm="instance",
+                 pooling="avg"):
+        super().__init__()
+        layers, size = [], im_size
+        for _ in range(depth):
+            layers.append(nn.Conv2d(channels, width, kernel_size=3, padding=1))
+            if NORMS[norm]:
+                layers.append(NORMS[norm](width, size))
+            layers.append(ACTIVATIONS[act]())
+            if POOLINGS[pooling]:
+                layers.append(POOLINGS[pooling]())
+                size //= 2
+            channels = width
+        if size == 0:
+            raise ValueError(f"{depth} poolings leave nothing of {im_size}x{im_size} images: "
+                             f"use at most {im_size.bit_length() - 1} (ConvNetD{im_size.bit_length() - 1})")
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width * size * size, num_classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ResNet18 (He et al. 2016), in its CIFAR form: a 3×3 stem without pooling
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut; `norm` maps a number of channels to a normalisation layer."""
+
+    def __init__(self, channels, planes, stride, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, planes, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = norm(planes)  # called bn whatever it is: the name that MTT's files and code know
+        self.conv2 = nn.Conv2d(planes, planes, kernel_size=3, padding=1, bias=False)
+        self.bn2 = norm(planes)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, planes, kernel_size=1, stride=stride, bias=False),
+                                          norm(planes))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """Four stages of two basic blocks, 64 to 512 channels, average-pooled by 4 before the linear layer."""
+
+    def __init__(self, channels, num_classes, im_size, *, norm="instance"):
+        super().__init__()
+        if im_size % 32:
+            raise ValueError(f"ResNet18 takes images whose side is a multiple of 32, not {im_size}")
+        norm_layer = {"instance": lambda planes: nn.GroupNorm(planes, planes), "batch": nn.BatchNorm2d}[norm]
+        self.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
+        self.bn1 = norm_layer(64)
+        for stage, (inputs, planes, stride) in enumerate([(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)],
+                                                         start=1):
+            blocks = nn.Sequential(BasicBlock(inputs, planes, stride, norm_layer),
+                                   BasicBlock(planes, planes, 1, norm_layer))
+            self.add_module(f"layer{stage}", blocks)
+        self.classifier = nn.Linear(512 * (im_size // 32) ** 2, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.classifier(F.avg_pool2d(x, 4).flatten(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VGG16 (Simonyan & Zisserman 2015), with one linear layer
+
+VGG16_WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
+
+
+class VGG16(nn.Module):
+    """Thirteen [3×3 convolution → instance norm → ReLU] in five stages, each ended by max-pooling."""
+
+    def __init__(self, channels, num_classes, im_size):
+        super().__init__()
+        if im_size % 32:
+            raise ValueError(f"VGG16 takes images whose side is a multiple of 32, not {im_size}")
+        layers = []
+        for width in VGG16_WIDTHS:
+            if width == "pool":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.GroupNorm(width, width), nn.ReLU()]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(512 * (im_size // 32) ** 2, num_classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks by name
+
+NETWORKS = {
+    "MLP": (MLP, {}),
+    "ConvNet": (ConvNet, {}),
+    **{f"ConvNetD{depth}": (ConvNet, {"depth": depth}) for depth in range(1, 9)},
+    **{f"ConvNetW{width}": (ConvNet, {"width": width}) for width in (32, 64, 128, 256, 512, 1024)},
+    **{f"ConvNetA{act[0].upper()}": (ConvNet, {"act": act}) for act in ("sigmoid", "relu", "leakyrelu")},
+    **{f"ConvNet{norm[0].upper()}N": (ConvNet, {"norm": norm})
+       for norm in ("none", "batch", "layer", "instance", "group")},
+    **{f"ConvNet{pooling[0].upper()}P": (ConvNet, {"pooling": pooling}) for pooling in ("none", "max", "avg")},
+    "ResNet18": (ResNet18, {}),
+    "ResNet18BN": (ResNet18, {"norm": "batch"}),
+    "VGG16": (VGG16, {}),
+}
+ALIASES = {"ResNet": "ResNet18"}
+
+
+def get_network(name, channels, num_classes, im_size):
+    """Build a network by its name, with PyTorch's default initialisation drawn from the global generator.
+
+    `im_size` is the side of the square images in pixels. Raises ValueError for an unknown name, or a side that does not
+    fit.
+    """
+    name = ALIASES.get(name, name)
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}; choose from {', '.join([*NETWORKS, *ALIASES])}")
+    network_class, variant = NETWORKS[name]
+    return network_class(channels, num_classes, im_size, **variant)

@@ -1,0 +1,882 @@
+"""What both scripts share, each section using only those above it.
+
+shared flags and seeding
+EuroSAT, ToySAT, splits
+ZCA, normalisation
+augmentation: differentiable Siamese (DSA) and plain
+trajectory files
+training and evaluating a network
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import kornia
+import numpy as np
+import scipy.ndimage
+import torch
+import torchvision
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from networks import ALIASES, get_network
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared flags and seeding
+
+DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
+
+
+class ReportedError(Exception):
+    """A fault that the user can mend. `run_script` prints it as one line and exits with 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag gets one line on standard error, and no flag may be abbreviated."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run_script(main):
+    """Run a script's `main`; a ReportedError becomes one line on standard error and exit code 2."""
+    try:
+        main()
+    except ReportedError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def boolean(text):
+    """The booleans of MTT's commands (`--dsa True`); argparse's own `type=bool` takes "False" for true."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def number(kind, minimum, *, exclusive=False, below=math.inf):
+    """An argparse type: a number from `minimum` (above it, if `exclusive`) to less than `below`; NaN is refused."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
+            ) from None
+        if not minimum <= value < below or (exclusive and value == minimum):  # NaN fails the first comparison
+            limit = f"{'more than' if exclusive else 'at least'} {minimum}" + (
+                f" and less than {below}" if below < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit}")
+        return value
+
+    return parse
+
+
+count, positive, not_negative = number(int, 1), number(float, 0, exclusive=True), number(float, 0)
+
+
+def strategy(text):
+    """A DSA strategy: names of `AUGMENTATIONS` joined by underscores."""
+    unknown = [group for group in text.split("_") if group not in AUGMENTATIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown group {unknown[0]!r}: join some of {DSA_STRATEGY} by underscores")
+    return text
+
+
+def add_flag(parser, name, default=False, help=""):
+    """A flag that is on when given bare, and also takes True or False."""
+    parser.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=help)
+
+
+def add_shared_flags(parser, batch_train):
+    """The flags that both scripts understand; `batch_train` is the script's own default batch size."""
+    add = parser.add_argument
+    add("--dataset", choices=sorted(DATASETS), default="EuroSAT",
+        help="EuroSAT, or ToySAT: a drawn stand-in for trying things out")
+    add("--data_path", type=Path, default=Path("data"), help="folder with the data set; caches are kept there too")
+    add("--buffer_path", type=Path, default=Path("buffers"), help="folder of the expert trajectories")
+    add("--model", default="ConvNet",
+        help="network: ConvNet (and variants such as ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16")
+    add("--lr_teacher", type=positive, default=0.01, help="experts' learning rate; for distillation, where α starts")
+    add("--batch_train", type=count, default=batch_train, help="images per batch when training a network")
+    add_flag(parser, "--dsa", default=True, help="differentiable Siamese augmentation; False: plain augmentation")
+    add("--dsa_strategy", type=strategy, default=DSA_STRATEGY, help="DSA groups, one of which is drawn per batch")
+    add_flag(parser, "--zca", help="ZCA whitening instead of normalisation by channel")
+    add("--val_fraction", type=number(float, 0, below=1), default=0.1,
+        help="part of the training images kept to choose the best iteration; 0: choose on the test set, as MTT does")
+    add("--seed", type=number(int, 0, below=2**31), default=0, help="everything random follows from it")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True,
+        help="torch.compile the networks that are trained")
+    add_flag(parser, "--amp", help="train networks in bfloat16 (autocast)")
+
+
+def check_device(name):
+    """The torch device called `name`; raises ReportedError where there is none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ReportedError(
+            f"--device={name} cannot be used ({str(error).splitlines()[0]}): try --device=cpu") from None
+
+
+def make_generator(*key):
+    """A CPU generator whose stream follows from `key` (numbers and words) alone.
+
+    All random numbers are drawn on the CPU, so that a seed means the same on every device.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def versions():
+    """The versions that a result depends on, for records."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "kornia": kornia.__version__, "numpy": np.__version__}
+
+
+def write_whole(path, write):
+    """Write a file whole or not at all: `write(temporary_path)`, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EuroSAT, ToySAT, splits
+
+CLASS_NAMES = ("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
+               "Residential", "River", "SeaLake")
+IM_SIZE = 64
+EUROSAT_FOLDERS = (".", "2750", "EuroSAT_RGB", "eurosat/2750")
+EUROSAT_ARCHIVES = ("EuroSAT.zip", "EuroSAT_RGB.zip")
+EUROSAT_CACHE = "eurosat_cache.pt"
+
+
+def load_eurosat(data_path):
+    """All images of EuroSAT below `data_path`: uint8 (N, 3, 64, 64), labels int64 (N,), digest of both as a hex string.
+
+    The first call decodes the JPEGs in parallel and leaves one cache file in `data_path`; it is used as long as no
+    file's name, size or time changes. Raises ReportedError where the data cannot be had, is incomplete or damaged.
+    """
+    folder = find_eurosat(data_path)
+    paths = [list_jpegs(folder, name) for name in CLASS_NAMES]
+    labels = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(files) for files in paths]))
+    paths = [path for files in paths for path in files]
+    stats = [(path, (stat := os.stat(folder / path)).st_size, stat.st_mtime_ns) for path in paths]
+    fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
+    cache = data_path / EUROSAT_CACHE
+    try:
+        cached = torch.load(cache, mmap=True, weights_only=True)
+        if cached["fingerprint"] == fingerprint:
+            return cached["images"], cached["labels"], cached["digest"]
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
+        warnings.warn(f"{cache} cannot be read ({error}); it is made anew")
+    images = decode_jpegs([folder / path for path in paths])
+    made = {"fingerprint": fingerprint, "images": images, "labels": labels, "digest": data_digest(images, labels)}
+    try:
+        write_whole(cache, lambda path: torch.save(made, path))
+    except OSError as error:
+        warnings.warn(f"{cache} cannot be written ({error.strerror}): the images will be decoded again next time")
+    return images, labels, made["digest"]
+
+
+def data_digest(images, labels):
+    """What tells one data set from another in records: a hash of its pixels and labels."""
+    digest = hashlib.sha256(images.numpy())
+    digest.update(labels.numpy())
+    return digest.hexdigest()[:16]
+
+
+def find_eurosat(data_path):
+    """The folder of EuroSAT's class folders below `data_path`; where there is none, unpack an archive or download."""
+
+    def found():
+        for folder in (data_path / name for name in EUROSAT_FOLDERS):
+            if any((folder / name).is_dir() for name in CLASS_NAMES):
+                return folder
+
+    if folder := found():
+        return folder
+    for archive in (data_path / name for name in EUROSAT_ARCHIVES):
+        if archive.is_file():
+            unpack_eurosat(archive)
+            return found()
+    try:
+        print(f"EuroSAT is not in {data_path}; downloading it (90 MB)", file=sys.stderr)
+        torchvision.datasets.EuroSAT(data_path, download=True)
+        return found()
+    except Exception as error:  # torchvision passes on whatever the network raises
+        for folder in (data_path / "eurosat", data_path):  # leave no empty folders behind
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise ReportedError(
+            f"EuroSAT is not in --data_path={data_path}: looked for class folders ({CLASS_NAMES[0]}, ...) in "
+            f"{', '.join(EUROSAT_FOLDERS)} and for {' or '.join(EUROSAT_ARCHIVES)}, and the download failed ({error}). "
+            "Either unpack the data there, or put the archive there (EuroSAT_RGB.zip from zenodo.org/records/7711810), "
+            "or run once with access to the network.") from None
+
+
+def unpack_eurosat(archive):
+    """Unpack the JPEGs of EuroSAT's class folders, wherever they lie in the archive, into `2750/` beside it."""
+    target = archive.parent / "2750"
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack") as temporary:
+        try:
+            with zipfile.ZipFile(archive) as zipped:
+                for member in tqdm(zipped.infolist(), desc=f"unpacking {archive.name}"):
+                    *_, folder, name = ("", "", *member.filename.split("/"))
+                    if folder in CLASS_NAMES and name.lower().endswith((".jpg", ".jpeg")):
+                        path = Path(temporary) / folder / Path(name).name
+                        path.parent.mkdir(exist_ok=True)
+                        path.write_bytes(zipped.read(member))
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ReportedError(f"{archive} cannot be unpacked ({error}): fetch it again") from None
+        if not any(Path(temporary).iterdir()):
+            raise ReportedError(f"{archive} holds none of EuroSAT's classes: is it the RGB archive?")
+        shutil.copytree(temporary, target)
+
+
+def list_jpegs(folder, name):
+    """Sorted paths, relative to `folder`, of the JPEGs of class `name`."""
+    if not (folder / name).is_dir():
+        raise ReportedError(f"class folder {folder / name} is missing: EuroSAT has {len(CLASS_NAMES)}, unpack it again")
+    files = sorted(f"{name}/{entry.name}" for entry in os.scandir(folder / name)
+                   if entry.name.lower().endswith((".jpg", ".jpeg")))
+    if not files:
+        raise ReportedError(f"class folder {folder / name} holds no JPEG: unpack EuroSAT again")
+    return files
+
+
+def decode_jpegs(paths):
+    """Decode JPEGs in parallel threads (the decoder releases Python's lock): uint8 (N, 3, 64, 64)."""
+    images = torch.empty(len(paths), 3, IM_SIZE, IM_SIZE, dtype=torch.uint8)
+
+    def decode(index):
+        try:
+            image = torchvision.io.decode_jpeg(torchvision.io.read_file(str(paths[index])),
+                                               mode=torchvision.io.ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise ReportedError(
+                f"{paths[index]} cannot be decoded ({str(error).splitlines()[0]}): replace it") from None
+        if image.shape != images.shape[1:]:
+            raise ReportedError(
+                f"{paths[index]} is {image.shape[2]}x{image.shape[1]} pixels; EuroSAT's images are {IM_SIZE}x{IM_SIZE}")
+        images[index] = image
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in tqdm(pool.map(decode, range(len(paths))), total=len(paths), desc="decoding JPEGs", unit="images"):
+            pass
+    return images
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into a data set's images, int64."""
+
+    train: torch.Tensor
+    val: torch.Tensor
+    test: torch.Tensor
+
+
+def split_dataset(labels, val_fraction, test_fraction=0.1):
+    """Split by class: `test_fraction` of all, then `val_fraction` of the rest. It depends on nothing but the labels.
+
+    Raises ReportedError where a class is too small to have an image in each part.
+    """
+    random = np.random.RandomState(42)  # a frozen stream: NumPy keeps it the same for ever
+    parts = [], [], []
+    for label, name in enumerate(CLASS_NAMES):
+        members = random.permutation(np.flatnonzero(labels.numpy() == label))
+        num_test = round(test_fraction * len(members))
+        num_val = round(val_fraction * (len(members) - num_test))
+        if num_test == 0 or (val_fraction > 0 and num_val == 0) or len(members) == num_test + num_val:
+            raise ReportedError(
+                f"class {name} has only {len(members)} images, too few to split {test_fraction:.0%} for testing "
+                f"and --val_fraction={val_fraction} for validation")
+        for part, indices in zip(parts,
+                                 np.split(members, [len(members) - num_test - num_val, len(members) - num_test])):
+            part.append(indices)
+    return Split(*(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts))
+
+
+# Palettes, one colour (R, G, B) per column. Classes share them on purpose, so that mean colour alone tells few apart.
+SOIL = np.array([[0.46, 0.40, 0.38], [0.56, 0.46, 0.42], [0.66, 0.53, 0.45], [0.52, 0.47, 0.38]], np.float32).T
+GREEN = np.array([[0.14, 0.24, 0.25], [0.18, 0.30, 0.28], [0.23, 0.38, 0.32], [0.28, 0.42, 0.33], [0.35, 0.41, 0.34]],
+                 np.float32).T
+WATER = np.array([[0.11, 0.19, 0.30], [0.14, 0.25, 0.34], [0.18, 0.30, 0.37], [0.16, 0.27, 0.29]], np.float32).T
+GREY = np.array([[0.38, 0.39, 0.43], [0.46, 0.46, 0.49], [0.54, 0.53, 0.53]], np.float32).T
+ROOF = np.array([[0.72, 0.50, 0.43], [0.66, 0.58, 0.54], [0.62, 0.62, 0.66], [0.80, 0.79, 0.80]], np.float32).T
+
+
+def cover(scene, mask, colour, opacity=1.0):
+    """Paint where the mask is 1; values between soften edges, as a sensor's 10 m footprint does."""
+    return scene + np.clip(mask, 0, 1) * opacity * (colour - scene)
+
+
+class LandPainter:
+    """Paints n images of a class at once: scenes are (3, n, 64, 64), masks and coordinates (n, 64, 64)."""
+
+    def __init__(self, rng, n):
+        self.rng, self.n = rng, n
+
+    def uniform(self, low, high):
+        return self.rng.uniform(low, high, (self.n, 1, 1)).astype(np.float32)
+
+    def tones(self, palette, *shape, spread=0.1):
+        """Colours of a palette, at random and varied in brightness: one per image, or a table (3, n, *shape)."""
+        shape = (self.n, *(shape or (1, 1)))
+        brightness = np.exp(spread * self.rng.standard_normal(shape, np.float32))
+        return palette[:, self.rng.integers(palette.shape[1], size=shape)] * brightness
+
+    def noise(self, wavelength):
+        """Smooth random fields of unit variance: white noise, low-passed in Fourier space."""
+        frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64))
+        lowpass = np.exp(-((wavelength * frequency) ** 2)) * (frequency > 0)  # no DC: it would swamp long wavelengths
+        spectrum = np.fft.rfft2(self.rng.standard_normal((self.n, 64, 64), np.float32))
+        field = np.fft.irfft2(spectrum * lowpass.astype(np.float32))
+        return field / field.std((1, 2), keepdims=True)
+
+    def axes(self, bend):
+        """Pixel coordinates (u, v) in randomly turned and shifted frames; `bend` makes their straight lines wander."""
+        y, x = np.mgrid[:64, :64].astype(np.float32)
+        x, y, angle = x - self.uniform(16, 48), y - self.uniform(16, 48), self.uniform(0, 2 * np.pi)
+        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        return u + bend * self.noise(30), v + bend * self.noise(30)
+
+    def parcels(self, u, v, width, length):
+        """Divide land like brickwork. Returns a look-up into tables (..., n, 64), and pixels to the nearest border."""
+        image = np.arange(self.n)[:, None, None]
+        row, across = np.divmod(u / width, 1)
+        row = row.astype(int) % 8
+        column, along = np.divmod(v / length + self.rng.random((self.n, 8), np.float32)[image, row], 1)
+        parcel = 64 * image + 8 * row + column.astype(int) % 8
+        border = np.minimum(np.minimum(across, 1 - across) * width, np.minimum(along, 1 - along) * length)
+        return lambda table: np.take(table.reshape(*table.shape[:-2], -1), parcel, axis=-1), border
+
+    def annual_crop(self):
+        u, v = self.axes(0.5)
+        at, border = self.parcels(u, v, self.uniform(14, 28), self.uniform(24, 50))
+        furrows = np.sin(2 * np.pi * u / self.uniform(3, 4.5)) * at(self.rng.random((self.n, 64), np.float32))
+        scene = at(self.tones(np.hstack([SOIL, SOIL, GREEN]), 64)) * (1 + 0.06 * furrows)
+        return cover(scene, 1.3 - border, self.tones(SOIL), self.uniform(0, 0.5))
+
+    def forest(self):
+        return self.tones(GREEN[:, :2]) * np.exp(self.uniform(0.12, 0.2) * self.noise(2) + 0.06 * self.noise(16))
+
+    def herbaceous(self):
+        palette = np.hstack([SOIL, GREEN[:, 2:]])
+        scene = cover(self.tones(palette), 0.5 + 0.4 * self.noise(16), self.tones(palette)) * np.exp(
+            0.12 * self.noise(6)
+        )
+        return cover(scene, 1 - 6 * np.abs(self.noise(20)), self.tones(SOIL), self.uniform(0, 0.8))  # gullies
+
+    def pasture(self):
+        at, border = self.parcels(*self.axes(2), self.uniform(18, 32), self.uniform(25, 50))
+        scene = at(self.tones(np.ones((1, 1), np.float32), 64, spread=0.05)) * self.tones(GREEN[:, 1:4])
+        hedges = self.tones(0.65 * GREEN[:, :2])
+        return cover(scene * (1 + 0.03 * self.noise(12)), 1.8 - border, hedges, self.uniform(0.5, 0.9))
+
+    def permanent_crop(self):
+        (u, v), spacing, rows = self.axes(1), self.uniform(4, 6), self.rng.integers(4, 9, (2, self.n, 1, 1))
+        at, border = self.parcels(u, v, spacing * rows[0], spacing * rows[1])
+        vines = at(self.rng.random((self.n, 64)) < 0.4)  # rows without gaps, where an orchard has single trees
+        plants = np.cos(2 * np.pi * u / spacing) + np.where(vines, 0.5, np.cos(2 * np.pi * v / spacing))
+        soil = at(self.tones(np.hstack([SOIL, SOIL, GREEN[:, 3:]]), 64))
+        return cover(soil, 0.8 * plants * (border > 1), self.tones(GREEN[:, :3]))
+
+    def built_up(self, ground, roofs, size, margins, block):
+        """Roofs on plots, some of which stay empty (the margin of 99), in blocks between streets."""
+        u, v = self.axes(1)
+        at, border = self.parcels(u, v, self.uniform(*size), self.uniform(*size) * self.uniform(1, 1.6))
+        street = self.parcels(u, v, self.uniform(*block), self.uniform(*block))[1]
+        scene = cover(self.tones(ground), self.noise(10), self.tones(GREEN)) * np.exp(0.1 * self.noise(2))
+        margin = at(self.rng.choice(np.float32(margins), (self.n, 64)))
+        return cover(cover(scene, border - margin, at(self.tones(roofs, 64))), 1.5 - street, self.tones(GREY))
+
+    def industrial(self):
+        return self.built_up(GREY, ROOF[:, 1:], size=(12, 20), margins=(0.5, 1, 2, 3, 99), block=(30, 50))
+
+    def residential(self):
+        return self.built_up(GREEN, 0.85 * ROOF, size=(4.5, 7), margins=(0.5, 0.8, 1, 99), block=(14, 26))
+
+    def countryside(self):
+        """Fields or pasture: what surrounds a road or a river should not give its class away."""
+        return np.where(self.uniform(-1, 1) < 0, self.annual_crop(), self.pasture())
+
+    def highway(self):
+        scene, (u, v), curve = self.countryside(), self.axes(0), self.uniform(-0.008, 0.008)
+        for line in (u + curve * v**2, v + self.uniform(-70, 70)):  # the second crosses, if inside of the image
+            scene = cover(scene, self.uniform(2.5, 4) - np.abs(line), self.tones(GREY))
+            scene = cover(scene, 1 - np.abs(line), self.tones(GREEN), 0.5)  # central reservation
+        return scene
+
+    def river(self):
+        (u, v), width, land = self.axes(2), self.uniform(7, 13), self.countryside()
+        offset = np.abs(u + self.uniform(2, 10) * np.sin(v / self.uniform(9, 20)))
+        return cover(cover(land, width + 2 - offset, self.tones(SOIL), 0.5), width - offset, self.tones(WATER))
+
+    def sea_lake(self):
+        u, v = self.axes(3)
+        waves = 0.03 * np.sin(u / self.uniform(0.6, 1.5)) + 0.04 * self.noise(40)
+        return cover(self.tones(WATER) * (1 + waves), v - self.uniform(15, 120), self.tones(SOIL))  # some have a shore
+
+    def photograph(self, scene):
+        """Light, haze and sensor noise, which differ between images of a class."""
+        light = self.rng.normal(0, 0.12, (self.n, 1, 1)) + self.rng.normal(0, 0.03, (3, self.n, 1, 1))
+        scene = cover(scene * np.exp(light, dtype=np.float32), self.uniform(0, 0.2), np.float32(0.45))
+        scene += 0.008 * self.rng.standard_normal(scene.shape, np.float32)
+        return np.ascontiguousarray((255 * scene.clip(0, 1)).astype(np.uint8).swapaxes(0, 1))
+
+
+PAINTERS = {"AnnualCrop": LandPainter.annual_crop, "Forest": LandPainter.forest,
+            "HerbaceousVegetation": LandPainter.herbaceous, "Highway": LandPainter.highway,
+            "Industrial": LandPainter.industrial, "Pasture": LandPainter.pasture,
+            "PermanentCrop": LandPainter.permanent_crop, "Residential": LandPainter.residential,
+            "River": LandPainter.river, "SeaLake": LandPainter.sea_lake}
+
+
+def draw_toysat(per_class: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Class-sorted images, uint8 (10 * per_class, 3, 64, 64), and labels; both arguments fully determine them."""
+    painters = [LandPainter(np.random.default_rng((seed, label)), per_class) for label in range(len(PAINTERS))]
+    images = [painter.photograph(paint(painter)) for painter, paint in zip(painters, PAINTERS.values())]
+    return np.concatenate(images), np.repeat(np.arange(len(PAINTERS)), per_class)
+
+
+def load_toysat(data_path, per_class=300):
+    """ToySAT, a drawn stand-in for EuroSAT, in the form of `load_eurosat`; `data_path` is not read."""
+    images, labels = map(torch.from_numpy, draw_toysat(per_class))
+    return images, labels, data_digest(images, labels)
+
+
+def write_toysat(folder, per_class, seed=0):
+    """Write ToySAT as JPEGs in class folders below `folder`, shaped like EuroSAT's."""
+    images, labels = map(torch.from_numpy, draw_toysat(per_class, seed))
+    for index, (image, label) in enumerate(zip(images, labels)):
+        path = folder / CLASS_NAMES[label] / f"{CLASS_NAMES[label]}_{index % per_class + 1}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torchvision.io.write_jpeg(image, str(path), quality=90)
+
+
+DATASETS = {  # name: (loader, channel means, channel standard deviations), pixels in [0, 1]
+    "EuroSAT": (load_eurosat, (0.344, 0.380, 0.407), (0.202, 0.136, 0.115)),
+    "ToySAT": (load_toysat, (0.344, 0.380, 0.407), (0.202, 0.136, 0.115)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ZCA, normalisation
+
+ZCA_EPS = 0.1
+
+
+def fit_zca(images, eps=ZCA_EPS):
+    """kornia's ZCAWhitening(eps, compute_inv=True), fitted on float images (N, C, H, W) in [0, 1].
+
+    kornia takes the singular values of the D×D covariance C; here its eigenvectors V and eigenvalues λ are computed,
+    or, where there are fewer images than dimensions, those of the N×N Gram matrix, which has the same λ > 0. Both
+    transforms are written as a multiple of the identity plus a correction on the span of V, so that the null space
+    needs no vectors:
+
+        (C + ε)^{−½} = ε^{−½} I − V diag(λ / (√(λ+ε) √ε (√(λ+ε) + √ε))) Vᵀ
+        (C + ε)^{+½} = ε^{+½} I + V diag(λ / (√(λ+ε) + √ε)) Vᵀ
+    """
+    flat = images.flatten(1)
+    mean = flat.mean(0, keepdim=True)
+    centred = (flat - mean) / math.sqrt(len(flat) - 1)  # (N, D), so that C = centredᵀ centred
+    if len(flat) < flat.shape[1]:
+        eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T)
+        keep = eigenvalues > eigenvalues[-1] * 1e-6  # below: rounding
+        eigenvalues = eigenvalues[keep]
+        vectors = centred.T @ (vectors[:, keep] * eigenvalues.rsqrt())  # (D, rank)
+    else:
+        covariance = centred.T @ centred
+        del centred  # 1 GB for EuroSAT
+        eigenvalues, vectors = torch.linalg.eigh(covariance)
+        del covariance
+        eigenvalues = eigenvalues.clamp(min=0)
+    root, root_eps = (eigenvalues + eps).sqrt(), math.sqrt(eps)
+    zca = kornia.enhance.ZCAWhitening(eps=eps, compute_inv=True)
+    zca.mean_vector = mean
+    zca.transform_matrix = (vectors * (-eigenvalues / (root * root_eps * (root + root_eps)))) @ vectors.T
+    zca.transform_matrix.diagonal().add_(1 / root_eps)
+    zca.transform_inv = (vectors * (eigenvalues / (root + root_eps))) @ vectors.T
+    zca.transform_inv.diagonal().add_(root_eps)
+    zca.fitted = True
+    return zca
+
+
+def whiten(images, train, cache):
+    """ZCA fitted on `images[train]` and applied to all uint8 `images` (N, C, H, W): float32 images, and the transform.
+
+    Fitting takes minutes at 12,288 dimensions. Both results, 2.5 GB for EuroSAT, are kept in the file `cache` and read
+    back by memory map.
+    """
+    zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
+    try:
+        cached = torch.load(cache, mmap=True, weights_only=True)
+        zca.mean_vector, zca.transform_matrix, zca.transform_inv = (
+            cached[key] for key in ("mean", "transform", "inverse")
+        )
+        zca.fitted = True
+        return cached["images"], zca
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # a damaged file raises whatever its bytes happen to trigger
+        warnings.warn(f"{cache} cannot be read ({error}); it is made anew")
+    print(f"fitting ZCA on {len(train)} images; kept in {cache}", flush=True)
+    zca = fit_zca(images[train].float().div_(255))
+    white = torch.empty(images.shape)
+    for part, out in zip(images.split(2048), white.split(2048)):
+        out.copy_(zca(part.float().div_(255)))
+    state = {"mean": zca.mean_vector, "transform": zca.transform_matrix, "inverse": zca.transform_inv, "images": white}
+    try:
+        write_whole(cache, lambda path: torch.save(state, path))
+    except OSError as error:
+        warnings.warn(f"{cache} cannot be written ({error.strerror}): ZCA will be fitted again next time")
+    return white, zca
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready for use: of each part, float32 images (N, 3, 64, 64) and int64 labels (N,), on one device."""
+
+    train: tuple[torch.Tensor, torch.Tensor]
+    val: tuple[torch.Tensor, torch.Tensor]
+    test: tuple[torch.Tensor, torch.Tensor]
+    settings: dict  # what experts and distillation must have in common
+    zca: kornia.enhance.ZCAWhitening | None
+    mean: tuple
+    std: tuple
+
+    def to_pixels(self, images):
+        """Undo the preprocessing: images (B, 3, H, W) on the CPU, [0, 1] where they are real ones."""
+        if self.zca:
+            return self.zca.inverse_transform(images.cpu())
+        return images.cpu() * torch.tensor(self.std).view(3, 1, 1) + torch.tensor(self.mean).view(3, 1, 1)
+
+
+def load_data(dataset, data_path, zca, val_fraction, device):
+    """Load, split and preprocess a data set of `DATASETS`; raises ReportedError where it cannot be had."""
+    load, mean, std = DATASETS[dataset]
+    images, labels, digest = load(data_path)
+    split = split_dataset(labels, val_fraction)
+    settings = {"dataset": dataset, "digest": digest, "val_fraction": val_fraction, "zca": zca}
+    if zca:
+        settings["zca_eps"] = ZCA_EPS
+        key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
+        images, whitening = whiten(images, split.train, data_path / f"zca_{key}.pt")
+    else:
+        settings["mean"], settings["std"] = list(mean), list(std)
+        shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        images, whitening = images.float().div_(255).sub_(shift).div_(scale), None
+    parts = [(images[indices].to(device), labels[indices].to(device))
+             for indices in (split.train, split.val, split.test)]
+    return Data(*parts, settings, whitening, mean, std)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation: DSA (Zhao & Bilen 2021, "Dataset Condensation with Differentiable Siamese Augmentation"), and plain
+#
+# Each group of DSA is two functions: one draws its parameters on the CPU, (B, ...) each, in the order of MTT's code;
+# the # other applies them, differentiably in the images x (B, C, H, W).
+
+
+def window(x, rows, cols, fill=0.0):
+    """Images with pixels x[b, :, rows[b, i], cols[b, j]], or `fill` where that is outside of x (B, C, H, W)."""
+    height, width = x.shape[2:]
+    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((cols >= 0) & (cols < width))[:, None, None, :]
+    rows, cols = rows.clamp(0, height - 1)[:, None, :, None], cols.clamp(0, width - 1)[:, None, None, :]
+    picked = x.gather(2, rows.expand(-1, x.shape[1], -1, width)).gather(3,
+                                                                        cols.expand(-1, x.shape[1], rows.shape[2], -1))
+    return torch.where(inside, picked, fill)
+
+
+def sample_affine(x, matrices):
+    """Sample `x` bilinearly at the affine maps `matrices` (B, 2, 3) of the output grid; zeros outside."""
+    grid = F.affine_grid(matrices.to(x.dtype), x.shape, align_corners=True)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def draw_color(batch, size, generator):
+    return tuple(torch.rand(batch, 1, 1, 1, generator=generator) for _ in range(3))
+
+
+def apply_color(x, brightness, saturation, contrast):
+    x = x + (brightness - 0.5)
+    mean = x.mean(dim=1, keepdim=True)
+    x = (x - mean) * (2 * saturation) + mean
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    return (x - mean) * (contrast + 0.5) + mean
+
+
+def draw_crop(batch, size, generator):
+    shift = int(size / 8 + 0.5)
+    return tuple(torch.randint(-shift, shift + 1, (batch, 1), generator=generator) for _ in range(2))
+
+
+def apply_crop(x, shift_rows, shift_cols):
+    return window(x, torch.arange(x.shape[2], device=x.device) + shift_rows,
+                  torch.arange(x.shape[3], device=x.device) + shift_cols)
+
+
+def draw_cutout(batch, size, generator):
+    side = int(size / 2 + 0.5)
+    return tuple(torch.randint(0, size + 1 - side % 2, (batch, 1), generator=generator) for _ in range(2))
+
+
+def apply_cutout(x, centre_row, centre_col):
+    def cut(size, centre):  # (B, size)
+        side = int(size / 2 + 0.5)
+        first = centre - side // 2
+        index = torch.arange(size, device=x.device)
+        return (index >= first) & (index < first + side)
+
+    hole = cut(x.shape[2], centre_row)[:, None, :, None] & cut(x.shape[3], centre_col)[:, None, None, :]
+    return x.masked_fill(hole, 0)
+
+
+def draw_flip(batch, size, generator):
+    return (torch.rand(batch, 1, 1, 1, generator=generator),)
+
+
+def apply_flip(x, chance):
+    return torch.where(chance < 0.5, x.flip(3), x)
+
+
+def draw_scale(batch, size, generator):
+    return tuple(torch.rand(batch, generator=generator) * (1.2 - 1 / 1.2) + 1 / 1.2 for _ in range(2))
+
+
+def apply_scale(x, scale_x, scale_y):
+    zero = torch.zeros_like(scale_x)
+    return sample_affine(x, torch.stack([scale_x, zero, zero, zero, scale_y, zero], dim=1).view(-1, 2, 3))
+
+
+def draw_rotate(batch, size, generator):
+    return ((torch.rand(batch, generator=generator) - 0.5) * 2 * 15 / 180 * math.pi,)
+
+
+def apply_rotate(x, angle):
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return sample_affine(x, torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3))
+
+
+AUGMENTATIONS = {
+    "color": (draw_color, apply_color),
+    "crop": (draw_crop, apply_crop),
+    "cutout": (draw_cutout, apply_cutout),
+    "flip": (draw_flip, apply_flip),
+    "scale": (draw_scale, apply_scale),
+    "rotate": (draw_rotate, apply_rotate),
+}
+
+
+def diff_augment(x, strategy, generator):
+    """Apply one group of `strategy`, drawn for the batch, with parameters drawn for each image of `x` (B, C, H, W)."""
+    groups = strategy.split("_")
+    draw, apply = AUGMENTATIONS[groups[torch.randint(len(groups), (1,), generator=generator)]]
+    draws = draw(len(x), x.shape[2], generator)
+    return apply(x, *(value.to(x.device, non_blocking=True) for value in draws))
+
+
+def plain_augment(x, generator):
+    """MTT's augmentation without DSA (`--dsa False`): each image is cropped, scaled or rotated. Not differentiable.
+
+    Crop: shifted by -4 to 3 pixels, the border filled with the channel's mean. Scale: resized by U(0.8, 1.2) in each
+    direction, nearest neighbour, zeros around. Rotate: -45° to 44°, third-order splines, the border filled with the
+    mean.
+    """
+    batch, _, size, _ = x.shape
+    kind = torch.randint(3, (batch, 1), generator=generator)
+    shift = torch.randint(-4, 4, (2, batch, 1), generator=generator)
+    resized = ((0.8 + 0.4 * torch.rand(2, batch, 1, generator=generator)) * size).int()
+    angles = torch.randint(-45, 45, (batch,), generator=generator).tolist()
+
+    index = torch.arange(size)
+    centred = torch.div(2 * index + resized - size, 2,
+                        rounding_mode="floor")  # position in the resized image, which is centred
+    source = torch.where((centred >= 0) & (centred < resized), centred * size // resized, -1)
+    mean = x.mean(dim=(0, 2, 3), keepdim=True)
+    cropped = window(x, *(index + shift).to(x.device), fill=mean)
+    scaled = window(x, *source.to(x.device))
+    kind = kind.to(x.device)[:, :, None, None]
+    x = torch.where(kind == 0, cropped, torch.where(kind == 1, scaled, x))
+    for i in torch.nonzero(kind.flatten() == 2).flatten().tolist():  # SciPy rotates one image at a time
+        rotated = scipy.ndimage.rotate(x[i].cpu().numpy(), angles[i], axes=(-2, -1), reshape=False,
+                                       cval=float(mean.mean()))
+        x[i] = torch.from_numpy(rotated)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trajectory files
+
+
+def expert_folder(buffer_path, dataset, zca, model):
+    """Where the trajectory files of these experts lie, as in MTT."""
+    return buffer_path / (dataset if zca else f"{dataset}_NO_ZCA") / ALIASES.get(model, model)
+
+
+def expert_files(folder):
+    """`replay_buffer_0.pt`, `replay_buffer_1.pt`, ... as far as they follow each other."""
+    files = []
+    while (path := folder / f"replay_buffer_{len(files)}.pt").exists():
+        files.append(path)
+    return files
+
+
+def write_trajectories(path, trajectories, record):
+    """Write experts as MTT does (list of experts, of snapshots, of tensors), and `record` beside them as JSON."""
+    write_whole(path, lambda temporary: torch.save(trajectories, temporary))
+    write_whole(path.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
+
+
+def read_trajectories(path):
+    """A trajectory file by memory map: experts' snapshots cost no memory until they are used."""
+    try:
+        trajectories = torch.load(path, mmap=True, weights_only=True)
+        if not all(isinstance(p, torch.Tensor) for expert in trajectories for snapshot in expert for p in snapshot):
+            raise TypeError("not a list of experts, of snapshots, of tensors")
+        return trajectories
+    except Exception as error:  # torch.load raises whatever the file's bytes happen to trigger
+        raise ReportedError(
+            f"{path} is no trajectory file ({str(error).splitlines()[0]}): remove it and train again") from None
+
+
+def read_record(path):
+    """The record beside a trajectory file; None where there is none, as with MTT's own files."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ReportedError(
+            f"{path.with_suffix('.json')} is damaged ({error}): remove it with its .pt file and train again") from None
+
+
+def check_record(path, record, settings, remedy="--buffer_path"):
+    """Raise ReportedError, naming what differs, where a file's record disagrees with `settings` (a dictionary)."""
+    different = [f"{key}={record.get(key)!r} (here {value!r})" for key,
+                 value in settings.items() if record.get(key) != value]
+    if different:
+        raise ReportedError(
+            f"{path} was made with other settings: {', '.join(different)}. Use the same, or another {remedy}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and evaluating a network
+
+
+def initial_network(model, generator, device):
+    """A fresh network called `model`, its weights drawn from `generator`. Raises ReportedError for an unknown name."""
+    with torch.random.fork_rng(devices=[]):  # PyTorch's layers initialise themselves from the global generator
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        try:
+            return get_network(model, 3, len(CLASS_NAMES), IM_SIZE).to(device)
+        except ValueError as error:
+            raise ReportedError(f"--model={model}: {error}") from None
+
+
+class Runner:
+    """How networks are run: a network in, a function from images (B, C, H, W) to float32 logits (B, classes) out.
+
+    `compile` turns on torch.compile and channels-last, `amp` bfloat16. Where compilation fails (no C++ compiler, say),
+    it warns once and goes on without.
+    """
+
+    def __init__(self, compile=True, amp=False):
+        self.compile, self.amp = compile, amp
+
+    def __call__(self, network):
+        compiled = torch.compile(network, dynamic=False) if self.compile else None
+
+        def logits(x):
+            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.amp):
+                if self.compile:
+                    try:
+                        return compiled(x.contiguous(memory_format=torch.channels_last)).float()
+                    except torch._dynamo.exc.TorchDynamoException as error:
+                        warnings.warn(f"torch.compile failed, going on without it: {str(error).splitlines()[0]}")
+                        self.compile = False
+                return network(x).float()
+
+        return logits
+
+
+def train_epoch(logits, optimizer, images, labels, batch_size, prepare, generator, bar=None):
+    """One epoch over `images` (N, C, H, W) in a random order: mean loss and accuracy, as floats.
+
+    `prepare(x, y, generator)` augments a batch. `bar`, a tqdm, advances by a step for each batch.
+    """
+    loss_sum, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+    seen = 0
+    for indices in torch.randperm(len(images), generator=generator).to(images.device).split(batch_size):
+        x, y = prepare(images[indices], labels[indices], generator)
+        out = logits(x)
+        loss = F.cross_entropy(out, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.detach() * len(y)
+        hits += (out.detach().argmax(1) == y).sum()
+        seen += len(y)
+        if bar is not None:
+            bar.update()
+    return loss_sum / seen, hits / seen
+
+
+@torch.no_grad()
+def accuracy(network, logits, images, labels, batch_size):
+    """Fraction of `images` (N, C, H, W) that the network labels rightly. NaN for no images."""
+    network.eval()
+    predicted = []
+    for x in images.split(batch_size):
+        padded = F.pad(x,
+                       (0, 0, 0, 0, 0, 0, 0, batch_size - len(x)))  # one shape, so that one compiled graph serves all
+        predicted.append(logits(padded)[: len(x)].argmax(1))
+    network.train()
+    return (torch.cat(predicted) == labels).double().mean().item() if predicted else math.nan
+
+
+def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch_size, prepare, generator):
+    """Train a fresh network on a synthetic set, as MTT's evaluation does.
+
+    `epochs` + 1 epochs of SGD at `syn_lr` with momentum 0.9 and weight decay 5e-4; after epoch `epochs // 2 + 1`, a
+    tenth of the rate and a fresh optimiser.
+    """
+    optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(epochs + 1):
+        train_epoch(logits, optimizer, image_syn, label_syn, batch_size, prepare, generator)
+        if epoch == epochs // 2 + 1:
+            optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr * 0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def make_prepare(dsa, strategy):
+    """`prepare(x, y, generator)` of `train_epoch`: DSA of this `strategy`, or MTT's plain augmentation."""
+    if dsa:
+        return lambda x, y, generator: (diff_augment(x, strategy, generator), y)
+    return lambda x, y, generator: (plain_augment(x, generator), y)
