@@ -113,17 +113,21 @@ class Experts:
         return tuple(torch.cat([p.reshape(-1) for p in snapshot]).to(device) for snapshot in snapshots)
 
 
-def load_experts(folder, settings, shapes, max_files, max_experts):
-    """The experts in `folder`, memory-mapped.
-
-    Raises ReportedError where there are none, where they were made with other `settings`, or where their tensors do not
-    have the network's parameter `shapes`.
-    """
-    files = utils.expert_files(folder)[:max_files]
+def find_experts(folder):
+    """The trajectory files in `folder`; raises ReportedError where there are none."""
+    files = utils.expert_files(folder)
     if not files:
-        raise ReportedError(
-            f"no replay_buffer_0.pt in {folder}: train experts first (expert_trajectories.py with the same "
-            "--dataset, --model, --zca and --buffer_path)")
+        raise ReportedError(f"no replay_buffer_0.pt in {folder}: train experts first (expert_trajectories.py with the "
+                            "same --dataset, --model, --zca and --buffer_path)")
+    return files
+
+
+def load_experts(files, settings, shapes, max_experts):
+    """The experts in trajectory `files`, memory-mapped, `max_experts` of each file (None: all).
+
+    Raises ReportedError where they were made with other `settings`, or where their tensors do not have the network's
+    parameter `shapes`.
+    """
     trajectories, accuracies = [], []
     for path in files:
         record = utils.read_record(path)
@@ -134,7 +138,7 @@ def load_experts(folder, settings, shapes, max_files, max_experts):
             accuracies += [expert["test_accuracy"][-1] for expert in record["experts"][:max_experts]]
         trajectories += utils.read_trajectories(path)[:max_experts]
     if any([p.shape for p in expert[0]] != shapes for expert in trajectories):
-        raise ReportedError(f"{folder} holds experts of another architecture: use the --model they were trained with")
+        raise ReportedError(f"{files[0].parent} holds experts of another architecture: use the --model that made them")
     return Experts(trajectories, accuracies, epochs=min(len(expert) for expert in trajectories) - 1)
 
 
@@ -333,11 +337,13 @@ def run_folder(args, settings):
     digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:6]
     name = args.run_name or f"{args.model}_ipc{args.ipc}{'_zca' if args.zca else ''}_seed{args.seed}_{digest}"
     folder = args.log_dir / args.dataset / name
-    try:
-        utils.check_record(folder, json.loads((folder / "results.json").read_text())["settings"], settings,
-                           "--run_name")
-    except FileNotFoundError:
-        pass
+    results = folder / "results.json"
+    if results.exists():
+        try:
+            record = json.loads(results.read_text())["settings"]
+        except (ValueError, KeyError) as error:
+            raise ReportedError(f"{results} is damaged ({error}): remove it, or use another --run_name") from None
+        utils.check_record(folder, record, settings, "--run_name")
     return folder
 
 
@@ -390,7 +396,8 @@ def save_results(folder, settings, data: Data, experts: Experts, baseline, evalu
     """Write results.json: settings, versions, every evaluation's accuracies, and what they are compared with."""
 
     def plain(scores):
-        return {network: vars(score) for network, score in scores.items()}
+        return {network: {part: [None if math.isnan(x) else x for x in values] for part, values in vars(score).items()}
+                for network, score in scores.items()}
 
     results = {
         "settings": settings,
@@ -429,9 +436,9 @@ def main():
 
     network = utils.initial_network(model, utils.make_generator(0), device)  # before the data: refuses unknown names
     student, shapes = ReparamModule(network), [p.shape for p in network.parameters()]
+    files = find_experts(utils.expert_folder(args.buffer_path, args.dataset, args.zca, model))[:args.max_files]
     data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
-    buffer = utils.expert_folder(args.buffer_path, args.dataset, args.zca, model)
-    experts = load_experts(buffer, data.settings | {"model": model}, shapes, args.max_files, args.max_experts)
+    experts = load_experts(files, data.settings | {"model": model}, shapes, args.max_experts)
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
     if args.load_all:
         experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
@@ -463,41 +470,40 @@ def main():
     draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
     real_sets = [random_real(data, args.ipc, draw) for draw in draws]
     baseline = evaluate_pool(real_sets, args.lr_teacher, augment, "random real")
-    bar = tqdm(total=args.Iteration, mininterval=1)
-    for it in range(args.Iteration + 1):
-        log = {"Progress": it, "Synthetic_LR": syn_lr.item()}
-        if it % args.eval_it == 0 or it == args.Iteration:
-            images = image_syn.detach().clone()
-            scores = evaluate_pool([(images, label_syn)] * args.num_eval, syn_lr.item(), prepare_eval, it)
-            loss = float(np.mean(losses)) if losses else None
-            is_best = evaluations.add(it, scores, syn_lr.item(), loss, round(time.time() - start, 1))
-            bar.write(evaluations.table())
-            log |= evaluations.log()
-            losses.clear()
-            title = f"{args.dataset}, {model}, iteration {it}"
-            save_picture(folder, f"grid_{it:06d}.png", draw_grid(clip(data.to_pixels(images)), label_syn, title))
-            if is_best or it % 1000 == 0:
-                for tag in [it, "best"] if is_best else [it]:
-                    save_synthetic(folder, tag, images, label_syn, syn_lr, data)
-                log |= picture_log(images.cpu(), label_syn, data, title) if args.ipc < 50 or args.force_save else {}
-            save_results(folder, settings, data, experts, baseline, evaluations)
-        if it == args.Iteration:
-            run.log(log, step=it)
-            break
+    with tqdm(total=args.Iteration, mininterval=1) as bar:
+        for it in range(args.Iteration + 1):
+            log = {"Progress": it, "Synthetic_LR": syn_lr.item()}
+            if it % args.eval_it == 0 or it == args.Iteration:
+                images = image_syn.detach().clone()
+                scores = evaluate_pool([(images, label_syn)] * args.num_eval, syn_lr.item(), prepare_eval, it)
+                loss = float(np.mean(losses)) if losses else None
+                is_best = evaluations.add(it, scores, syn_lr.item(), loss, round(time.time() - start, 1))
+                bar.write(evaluations.table())
+                log |= evaluations.log()
+                losses.clear()
+                title = f"{args.dataset}, {model}, iteration {it}"
+                save_picture(folder, f"grid_{it:06d}.png", draw_grid(clip(data.to_pixels(images)), label_syn, title))
+                if is_best or it % 1000 == 0 or it == args.Iteration:
+                    for tag in [it, "best"] if is_best else [it]:
+                        save_synthetic(folder, tag, images, label_syn, syn_lr, data)
+                    log |= picture_log(images.cpu(), label_syn, data, title) if args.ipc < 50 or args.force_save else {}
+                save_results(folder, settings, data, experts, baseline, evaluations)
+            if it == args.Iteration:
+                run.log(log, step=it)
+                break
 
-        expert = int(torch.randint(len(experts.trajectories), (1,), generator=random))
-        start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=random))
-        batches = synthetic_batches(image_syn, label_syn, args.syn_steps, args.batch_syn, prepare_student, random)
-        segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
-        loss, image_syn.grad, syn_lr.grad = match_trajectory(student, *segment, image_syn, syn_lr, batches)
-        optimizer_img.step()
-        optimizer_lr.step()
-        losses.append(loss.item())
-        check_progress(it, expert, start_epoch, losses[-1], syn_lr.item())
-        run.log(log | {"Grand_Loss": losses[-1], "Start_Epoch": start_epoch}, step=it)
-        bar.set_postfix(loss=f"{losses[-1]:.4f}", α=f"{syn_lr.item():.5f}", refresh=False)
-        bar.update()
-    bar.close()
+            expert = int(torch.randint(len(experts.trajectories), (1,), generator=random))
+            start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=random))
+            batches = synthetic_batches(image_syn, label_syn, args.syn_steps, args.batch_syn, prepare_student, random)
+            segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
+            loss, image_syn.grad, syn_lr.grad = match_trajectory(student, *segment, image_syn, syn_lr, batches)
+            optimizer_img.step()
+            optimizer_lr.step()
+            losses.append(loss.item())
+            check_progress(it, expert, start_epoch, losses[-1], syn_lr.item())
+            run.log(log | {"Grand_Loss": losses[-1], "Start_Epoch": start_epoch}, step=it)
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", α=f"{syn_lr.item():.5f}", refresh=False)
+            bar.update()
     save_animation(folder)
     run.finish()
     print(summary(data, experts, baseline, evaluations, len(label_syn), folder))

@@ -85,6 +85,7 @@ def main():
     folder = utils.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     file, done, trajectories, experts = read_group(folder, settings | training, args.save_interval)
     done += len(experts)
+    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is better found out now
     print(
         f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test images; "
         f"{done} of {args.num_experts} experts are in {folder}")

@@ -14,11 +14,11 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 import tempfile
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ import numpy as np
 import scipy.ndimage
 import torch
 import torchvision
+from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -55,10 +56,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main):
-    """Run a script's `main`; a ReportedError becomes one line on standard error and exit code 2."""
+    """Run a script's `main`; a fault that the user can mend becomes one line on standard error and exit code 2."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         main()
-    except ReportedError as error:
+    except (ReportedError, OSError) as error:  # an OSError names the file that cannot be read or written, and why
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -132,8 +134,10 @@ def add_shared_flags(parser, batch_train):
 def check_device(name):
     """The torch device called `name`; raises ReportedError where there is none."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()  # the meta device, for one, holds no data to copy
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ReportedError(
             f"--device={name} cannot be used ({str(error).splitlines()[0]}): try --device=cpu") from None
 
@@ -164,6 +168,25 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def read_cache(path):
+    """The dictionary that `write_cache` wrote, its tensors mapped into memory; None where there is no such file."""
+    try:
+        return dict(torch.load(path, mmap=True, weights_only=True))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
+        warnings.warn(f"{path} cannot be read ({str(error).splitlines()[0]}); it is made anew")
+        return None
+
+
+def write_cache(path, content):
+    """Write a dictionary of tensors and strings, which takes time to make. Where that fails, warn and go on."""
+    try:
+        write_whole(path, lambda temporary: torch.save(content, temporary))
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written ({error.strerror}): it will be made again next time")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # EuroSAT, ToySAT, splits
 
@@ -188,20 +211,12 @@ def load_eurosat(data_path):
     stats = [(path, (stat := os.stat(folder / path)).st_size, stat.st_mtime_ns) for path in paths]
     fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
     cache = data_path / EUROSAT_CACHE
-    try:
-        cached = torch.load(cache, mmap=True, weights_only=True)
-        if cached["fingerprint"] == fingerprint:
-            return cached["images"], cached["labels"], cached["digest"]
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
-        warnings.warn(f"{cache} cannot be read ({error}); it is made anew")
+    cached = read_cache(cache)
+    if cached and cached["fingerprint"] == fingerprint:
+        return cached["images"], cached["labels"], cached["digest"]
     images = decode_jpegs([folder / path for path in paths])
     made = {"fingerprint": fingerprint, "images": images, "labels": labels, "digest": data_digest(images, labels)}
-    try:
-        write_whole(cache, lambda path: torch.save(made, path))
-    except OSError as error:
-        warnings.warn(f"{cache} cannot be written ({error.strerror}): the images will be decoded again next time")
+    write_cache(cache, made)
     return images, labels, made["digest"]
 
 
@@ -227,7 +242,7 @@ def find_eurosat(data_path):
             unpack_eurosat(archive)
             return found()
     try:
-        print(f"EuroSAT is not in {data_path}; downloading it (90 MB)", file=sys.stderr)
+        print(f"EuroSAT is not in {data_path}; downloading it (90 MB)", flush=True)
         torchvision.datasets.EuroSAT(data_path, download=True)
         return found()
     except Exception as error:  # torchvision passes on whatever the network raises
@@ -243,21 +258,22 @@ def find_eurosat(data_path):
 
 def unpack_eurosat(archive):
     """Unpack the JPEGs of EuroSAT's class folders, wherever they lie in the archive, into `2750/` beside it."""
-    target = archive.parent / "2750"
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack") as temporary:
+        unpacked = Path(temporary) / "2750"
+        unpacked.mkdir()
         try:
             with zipfile.ZipFile(archive) as zipped:
                 for member in tqdm(zipped.infolist(), desc=f"unpacking {archive.name}"):
                     *_, folder, name = ("", "", *member.filename.split("/"))
                     if folder in CLASS_NAMES and name.lower().endswith((".jpg", ".jpeg")):
-                        path = Path(temporary) / folder / Path(name).name
+                        path = unpacked / folder / name
                         path.parent.mkdir(exist_ok=True)
                         path.write_bytes(zipped.read(member))
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # RuntimeError: encrypted
             raise ReportedError(f"{archive} cannot be unpacked ({error}): fetch it again") from None
-        if not any(Path(temporary).iterdir()):
+        if not any(unpacked.iterdir()):
             raise ReportedError(f"{archive} holds none of EuroSAT's classes: is it the RGB archive?")
-        shutil.copytree(temporary, target)
+        os.replace(unpacked, archive.parent / "2750")  # in one step, so that no part of it is ever taken for the whole
 
 
 def list_jpegs(folder, name):
@@ -277,15 +293,14 @@ def decode_jpegs(paths):
 
     def decode(index):
         try:
-            image = torchvision.io.decode_jpeg(torchvision.io.read_file(str(paths[index])),
-                                               mode=torchvision.io.ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise ReportedError(
-                f"{paths[index]} cannot be decoded ({str(error).splitlines()[0]}): replace it") from None
-        if image.shape != images.shape[1:]:
-            raise ReportedError(
-                f"{paths[index]} is {image.shape[2]}x{image.shape[1]} pixels; EuroSAT's images are {IM_SIZE}x{IM_SIZE}")
-        images[index] = image
+            with Image.open(paths[index]) as image:
+                pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
+        except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
+            raise ReportedError(f"{paths[index]} cannot be decoded ({error}): replace it") from None
+        if pixels.shape[:2] != (IM_SIZE, IM_SIZE):
+            raise ReportedError(f"{paths[index]} is {pixels.shape[1]}x{pixels.shape[0]} pixels; "
+                                f"EuroSAT's images are {IM_SIZE}x{IM_SIZE}: replace it")
+        images[index] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in tqdm(pool.map(decode, range(len(paths))), total=len(paths), desc="decoding JPEGs", unit="images"):
@@ -478,7 +493,7 @@ def write_toysat(folder, per_class, seed=0):
     for index, (image, label) in enumerate(zip(images, labels)):
         path = folder / CLASS_NAMES[label] / f"{CLASS_NAMES[label]}_{index % per_class + 1}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torchvision.io.write_jpeg(image, str(path), quality=90)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, quality=90)
 
 
 DATASETS = {  # name: (loader, channel means, channel standard deviations), pixels in [0, 1]
@@ -536,27 +551,17 @@ def whiten(images, train, cache):
     back by memory map.
     """
     zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
-    try:
-        cached = torch.load(cache, mmap=True, weights_only=True)
-        zca.mean_vector, zca.transform_matrix, zca.transform_inv = (
-            cached[key] for key in ("mean", "transform", "inverse")
-        )
+    if cached := read_cache(cache):
+        zca.mean_vector, zca.transform_matrix, zca.transform_inv = map(cached.get, ("mean", "transform", "inverse"))
         zca.fitted = True
         return cached["images"], zca
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # a damaged file raises whatever its bytes happen to trigger
-        warnings.warn(f"{cache} cannot be read ({error}); it is made anew")
     print(f"fitting ZCA on {len(train)} images; kept in {cache}", flush=True)
     zca = fit_zca(images[train].float().div_(255))
     white = torch.empty(images.shape)
     for part, out in zip(images.split(2048), white.split(2048)):
         out.copy_(zca(part.float().div_(255)))
-    state = {"mean": zca.mean_vector, "transform": zca.transform_matrix, "inverse": zca.transform_inv, "images": white}
-    try:
-        write_whole(cache, lambda path: torch.save(state, path))
-    except OSError as error:
-        warnings.warn(f"{cache} cannot be written ({error.strerror}): ZCA will be fitted again next time")
+    fit = {"mean": zca.mean_vector, "transform": zca.transform_matrix, "inverse": zca.transform_inv}
+    write_cache(cache, fit | {"images": white})
     return white, zca
 
 
@@ -602,7 +607,7 @@ def load_data(dataset, data_path, zca, val_fraction, device):
 # Augmentation: DSA (Zhao & Bilen 2021, "Dataset Condensation with Differentiable Siamese Augmentation"), and plain
 #
 # Each group of DSA is two functions: one draws its parameters on the CPU, (B, ...) each, in the order of MTT's code;
-# the # other applies them, differentiably in the images x (B, C, H, W).
+# the other applies them, differentiably in the images x (B, C, H, W).
 
 
 def window(x, rows, cols, fill=0.0):
@@ -759,7 +764,12 @@ def read_trajectories(path):
     """A trajectory file by memory map: experts' snapshots cost no memory until they are used."""
     try:
         trajectories = torch.load(path, mmap=True, weights_only=True)
-        if not all(isinstance(p, torch.Tensor) for expert in trajectories for snapshot in expert for p in snapshot):
+        level = [trajectories]
+        for _ in ("experts", "snapshots", "tensors"):
+            if not all(isinstance(part, list) and part for part in level):
+                raise TypeError("not a list of experts, of snapshots, of tensors")
+            level = [part for parts in level for part in parts]
+        if not all(isinstance(part, torch.Tensor) for part in level):
             raise TypeError("not a list of experts, of snapshots, of tensors")
         return trajectories
     except Exception as error:  # torch.load raises whatever the file's bytes happen to trigger

@@ -1,0 +1,310 @@
+"""Data: ToySAT, the EuroSAT loader with its cache and its errors, splits, normalisation."""
+
+import os
+import shutil
+import urllib.error
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import utils
+from utils import CLASS_NAMES, EUROSAT_CACHE, ReportedError, load_eurosat
+
+EUROSAT_SIZES = (3000, 3000, 3000, 2500, 2500, 2000, 2500, 3000, 2500, 3000)
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of the smallest data set, without a cache, that a test may change."""
+    return shutil.copytree(tiny_folder, tmp_path / "data", ignore=shutil.ignore_patterns("*.pt"))
+
+
+@pytest.fixture(scope="module")
+def digest(tiny_folder):
+    return load_eurosat(tiny_folder)[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ToySAT
+
+
+def test_toysat_follows_its_seed():
+    first, again, other = (utils.draw_toysat(2, seed)[0].tobytes() for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_toysat_draws_all_classes_in_order():
+    images, labels = utils.draw_toysat(2)
+    assert images.shape == (20, 3, 64, 64) and images.dtype == np.uint8
+    assert labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert len({image.tobytes() for image in images}) == 20
+    assert tuple(utils.PAINTERS) == CLASS_NAMES
+
+
+def test_toysat_written_as_jpegs_reads_back_as_what_was_drawn(tiny_folder):
+    images, labels, _ = load_eurosat(tiny_folder)
+    drawn, drawn_labels = map(torch.from_numpy, utils.draw_toysat(6))
+    assert torch.equal(labels, drawn_labels)
+    assert (images.float() - drawn.float()).abs().mean() < 6  # of 255; what JPEG loses on fine texture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where EuroSAT is found
+
+
+def test_images_and_labels_come_as_uint8_and_int64_sorted_by_class(folder):
+    images, labels, _ = load_eurosat(folder)
+    assert images.shape == (60, 3, 64, 64) and images.dtype == torch.uint8
+    assert labels.dtype == torch.int64 and torch.bincount(labels).tolist() == [6] * 10
+    river = torch.from_numpy(np.array(Image.open(folder / "River" / "River_1.jpg"))).permute(2, 0, 1)
+    assert torch.equal(images[8 * 6], river)
+
+
+@pytest.mark.parametrize("inside", ["2750", "EuroSAT_RGB", "eurosat/2750"])
+def test_class_folders_are_found_in_the_known_subfolders(folder, tmp_path, digest, inside):
+    (tmp_path / "other" / inside).parent.mkdir(parents=True)
+    folder.rename(tmp_path / "other" / inside)
+    assert load_eurosat(tmp_path / "other")[2] == digest
+
+
+def pack(folder, archive, prefix):
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for path in folder.rglob("*.jpg"):
+            zipped.write(path, f"{prefix}/{path.relative_to(folder)}")
+    return archive
+
+
+@pytest.mark.parametrize("name, prefix", [("EuroSAT.zip", "2750"), ("EuroSAT_RGB.zip", "EuroSAT_RGB")])
+def test_the_official_archives_are_unpacked(folder, tmp_path, digest, name, prefix):
+    archive = pack(folder, tmp_path / "other" / name, prefix)
+    assert load_eurosat(archive.parent)[2] == digest
+    archive.unlink()
+    assert load_eurosat(archive.parent)[2] == digest
+
+
+def test_members_of_an_archive_cannot_leave_its_folder(folder, tmp_path, digest):
+    archive = pack(folder, tmp_path / "deep" / "EuroSAT.zip", "2750")
+    with zipfile.ZipFile(archive, "a") as zipped:
+        for hostile in ("../../evil.jpg", "/evil.jpg", "2750/../../evil.jpg", "evil.jpg", "2750/Forest/../evil.jpg"):
+            zipped.writestr(hostile, b"evil")
+    assert load_eurosat(archive.parent)[2] == digest
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_an_archive_beside_an_empty_class_parent_is_unpacked(folder, tmp_path, digest):
+    archive = pack(folder, tmp_path / "other" / "EuroSAT.zip", "2750")
+    (archive.parent / "2750").mkdir()
+    assert load_eurosat(archive.parent)[2] == digest
+
+
+def damage_archive(archive, how):
+    content = bytearray(archive.read_bytes())
+    if how == "cut short":
+        content = content[:len(content) // 2]
+    else:  # bytes of the first member's deflated stream
+        content[100:140] = bytes(255 - byte for byte in content[100:140])
+    archive.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut short", "bytes changed"])
+def test_a_damaged_archive_is_reported_and_leaves_nothing_behind(folder, tmp_path, how):
+    archive = pack(folder, tmp_path / "other" / "EuroSAT.zip", "2750")
+    damage_archive(archive, how)
+    with pytest.raises(ReportedError, match=r"EuroSAT\.zip cannot be unpacked .*fetch it again"):
+        load_eurosat(archive.parent)
+    assert os.listdir(archive.parent) == ["EuroSAT.zip"]
+
+
+def test_an_archive_without_eurosats_classes_is_reported(tmp_path):
+    with zipfile.ZipFile(tmp_path / "EuroSAT.zip", "w") as zipped:
+        zipped.writestr("ds/images/AnnualCrop_1.tif", b"")
+    with pytest.raises(ReportedError, match=r"EuroSAT\.zip holds none of EuroSAT's classes"):
+        load_eurosat(tmp_path)
+    assert os.listdir(tmp_path) == ["EuroSAT.zip"]
+
+
+def test_without_data_and_network_the_error_names_what_where_and_three_ways(tmp_path, monkeypatch):
+    def offline(root, download):
+        (root / "eurosat").mkdir(parents=True)  # torchvision makes its folder before it tries
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "EuroSAT", offline)
+    with pytest.raises(ReportedError) as error:
+        load_eurosat(tmp_path / "data")
+    for part in (f"--data_path={tmp_path / 'data'}", "2750", "EuroSAT_RGB", "eurosat/2750", "EuroSAT.zip", "no network",
+                 "Either unpack", "or put the archive", "or run once with access to the network"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def test_the_second_load_reads_the_cache(folder, capfd):
+    first = load_eurosat(folder)
+    made = os.stat(folder / EUROSAT_CACHE).st_mtime_ns
+    assert "decoding" in capfd.readouterr().err
+    second = load_eurosat(folder)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1]) and first[2] == second[2]
+    assert "decoding" not in capfd.readouterr().err
+    assert os.stat(folder / EUROSAT_CACHE).st_mtime_ns == made
+
+
+def test_a_replaced_an_added_and_a_removed_file_are_noticed(folder):
+    digests = [load_eurosat(folder)[2]]
+    shutil.copyfile(folder / "Forest" / "Forest_2.jpg", folder / "Forest" / "Forest_1.jpg")
+    digests.append(load_eurosat(folder)[2])
+    shutil.copyfile(folder / "River" / "River_1.jpg", folder / "River" / "River_7.jpg")
+    images, labels, digest = load_eurosat(folder)
+    assert len(images) == len(labels) == 61
+    (folder / "Pasture" / "Pasture_1.jpg").unlink()
+    digests += [digest, load_eurosat(folder)[2]]
+    assert len(set(digests)) == 4
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "cut short", "empty", "another tensor file"])
+def test_a_damaged_cache_is_made_anew_with_a_warning(folder, digest, damage):
+    load_eurosat(folder)
+    cache = folder / EUROSAT_CACHE
+    content = cache.read_bytes()
+    if damage == "another tensor file":
+        torch.save(torch.zeros(3), cache)
+    else:
+        cache.write_bytes({"other bytes": b"x" * 1000, "cut short": content[:len(content) // 2], "empty": b""}[damage])
+    with pytest.warns(UserWarning, match=f"{EUROSAT_CACHE} cannot be read .*it is made anew"):
+        assert load_eurosat(folder)[2] == digest
+    assert load_eurosat(folder)[2] == digest  # and pytest would show a second warning
+
+
+def test_a_cache_that_cannot_be_written_costs_only_a_warning(folder, digest):
+    (folder / EUROSAT_CACHE).mkdir()
+    with pytest.warns(UserWarning, match=f"{EUROSAT_CACHE} cannot be written"):
+        assert load_eurosat(folder)[2] == digest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults of the data
+
+
+def remove_class(folder):
+    shutil.rmtree(folder / "River")
+
+
+def empty_class(folder):
+    for path in (folder / "River").iterdir():
+        path.unlink()
+
+
+def resize_image(folder):
+    Image.new("RGB", (48, 32)).save(folder / "River" / "River_2.jpg")
+
+
+def truncate_image(folder):
+    path = folder / "River" / "River_3.jpg"
+    path.write_bytes(path.read_bytes()[:600])
+
+
+def write_text(folder):
+    (folder / "River" / "notes.jpg").write_text("This is no image.")
+
+
+def empty_file(folder):
+    (folder / "River" / "empty.jpg").touch()
+
+
+@pytest.mark.parametrize("spoil, parts", [
+    (remove_class, ["River is missing", "unpack it again"]),
+    (empty_class, ["River holds no JPEG", "unpack"]),
+    (resize_image, ["River_2.jpg is 48x32 pixels", "64x64"]),
+    (truncate_image, ["River_3.jpg cannot be decoded", "replace it"]),
+    (write_text, ["notes.jpg cannot be decoded", "replace it"]),
+    (empty_file, ["empty.jpg cannot be decoded", "replace it"]),
+])
+def test_faults_of_the_data_are_reported_with_the_files_name(folder, spoil, parts):
+    spoil(folder)
+    with pytest.raises(ReportedError) as error:
+        load_eurosat(folder)
+    assert all(part in str(error.value) for part in parts), error.value
+    assert "\n" not in str(error.value)
+    assert not list(folder.glob("*.pt"))
+
+
+def test_a_grey_jpeg_is_read_as_rgb(folder):
+    Image.new("L", (64, 64), 77).save(folder / "River" / "River_1.jpg")
+    assert (load_eurosat(folder)[0][8 * 6] - 77 == 0).all()
+
+
+def test_a_class_too_small_to_split_is_reported(folder):
+    for number in range(2, 7):
+        (folder / "SeaLake" / f"SeaLake_{number}.jpg").unlink()
+    with pytest.raises(ReportedError, match="class SeaLake has only 1 images"):
+        utils.load_data("EuroSAT", folder, zca=False, val_fraction=0.5, device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+@pytest.mark.parametrize("val_fraction, sizes", [(0, (24300, 0, 2700)), (0.1, (21870, 2430, 2700))])
+def test_splits_of_eurosat_have_the_known_sizes_and_are_stratified(val_fraction, sizes):
+    labels = torch.arange(10).repeat_interleave(torch.tensor(EUROSAT_SIZES))
+    split = utils.split_dataset(labels, val_fraction)
+    parts = (split.train, split.val, split.test)
+    assert tuple(len(part) for part in parts) == sizes
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(labels)))
+    for part, share in zip(parts, (0.9 * (1 - val_fraction), 0.9 * val_fraction, 0.1)):
+        assert torch.bincount(labels[part], minlength=10).tolist() == [round(share * size) for size in EUROSAT_SIZES]
+
+
+def test_splits_are_the_same_on_every_call_and_share_the_test_set():
+    labels = torch.arange(10).repeat_interleave(50)
+    first, again, without = (utils.split_dataset(labels, fraction) for fraction in (0.1, 0.1, 0))
+    assert torch.equal(first.train, again.train) and torch.equal(first.val, again.val)
+    assert torch.equal(first.test, again.test) and torch.equal(first.test, without.test)
+    assert not torch.equal(first.test, torch.cat([torch.arange(50 * label, 50 * label + 5) for label in range(10)]))
+
+
+@pytest.mark.parametrize("per_class, val_fraction", [(1, 0), (4, 0.1), (6, 0.1), (10, 0.96)])
+def test_too_small_classes_are_not_split(per_class, val_fraction):
+    with pytest.raises(ReportedError, match=f"AnnualCrop has only {per_class} images.*val_fraction={val_fraction}"):
+        utils.split_dataset(torch.arange(10).repeat_interleave(per_class), val_fraction)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalisation
+
+
+@pytest.fixture(scope="module")
+def data(tiny_folder):
+    return utils.load_data("EuroSAT", tiny_folder, zca=False, val_fraction=0.5, device="cpu")
+
+
+def test_images_are_normalised_by_channel(data, tiny_folder):
+    images, labels, _ = load_eurosat(tiny_folder)
+    split = utils.split_dataset(labels, 0.5)
+    mean, std = torch.tensor([0.344, 0.380, 0.407]), torch.tensor([0.202, 0.136, 0.115])
+    for (part, part_labels), indices in zip((data.train, data.val, data.test), (split.train, split.val, split.test)):
+        expected = (images[indices] / 255 - mean[:, None, None]) / std[:, None, None]
+        torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(part_labels, labels[indices])
+    assert [len(part[1]) for part in (data.train, data.val, data.test)] == [30, 20, 10]
+
+
+def test_to_pixels_inverts_the_normalisation(data, tiny_folder):
+    images, labels, _ = load_eurosat(tiny_folder)
+    pixels = images[utils.split_dataset(labels, 0.5).train] / 255
+    torch.testing.assert_close(data.to_pixels(data.train[0]), pixels, rtol=0, atol=1e-6)
+
+
+def test_toysat_loads_by_name_without_a_folder(tmp_path):
+    data = utils.load_data("ToySAT", tmp_path / "nothing", zca=False, val_fraction=0.1, device="cpu")
+    assert [len(part[1]) for part in (data.train, data.val, data.test)] == [2430, 270, 300]
+    assert os.listdir(tmp_path) == []

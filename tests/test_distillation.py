@@ -1,0 +1,425 @@
+"""`distillation.py` from the command line, and those of its parts that can be wrong unseen."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from PIL import Image
+from wandb.proto import wandb_internal_pb2
+
+import utils
+from distillation import Evaluations, Experts, Scores, cut_windows, draw_grid, synthetic_batches
+
+SCRIPT, EXPERTS_SCRIPT = "distillation.py", "expert_trajectories.py"
+MODEL = "ConvNetW32"
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def results(cwd):
+    """The folder of the only run below a working folder, and its results.json."""
+    (path,) = cwd.glob("logged_files/EuroSAT/*/results.json")
+    return path.parent, json.loads(path.read_text())
+
+
+def course(results):
+    """Losses and step sizes of a run, in full precision: what tells whether two runs learned the same."""
+    return [(row["iteration"], row["loss"], row["syn_lr"]) for row in results["evaluations"]]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def cheap_flags(eurosat_folder, buffers):
+    return ["--dataset=EuroSAT", f"--data_path={eurosat_folder}", f"--buffer_path={buffers}", f"--model={MODEL}",
+            "--no-compile", "--Iteration=2", "--eval_it=1", "--num_eval=1", "--epoch_eval_train=2", "--batch_real=20",
+            "--syn_steps=2", "--expert_epochs=1", "--max_start_epoch=2", "--lr_lr=1e-6"]
+
+
+@pytest.fixture
+def distill(run_here, cheap_flags, tmp_path):
+    """Distill with further flags, in this process and without wandb: the run's folder and results."""
+
+    def distill(*flags):
+        done = run_here(SCRIPT, *cheap_flags, "--wandb_mode=disabled", *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return results(tmp_path)
+
+    return distill
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run, in full
+#
+# The step size starts so small that the first evaluation is by chance; the second is clearly better. So images_best.pt
+# holds images that were learned.
+
+LEARNING = ("--ipc=2", "--lr_teacher=1e-5", "--lr_lr=1e-4", "--lr_img=1e6", "--epoch_eval_train=40")
+
+
+@pytest.fixture(scope="module")
+def whole_run(run, cheap_flags, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("run")
+    done = run(SCRIPT, *cheap_flags, *LEARNING, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done, *results(cwd)
+
+
+def test_a_run_writes_images_labels_and_step_size_as_bare_tensors(whole_run):
+    _, folder, record = whole_run
+    best = record["best_iteration"]
+    for tag in ("0", str(best), "best"):
+        images, labels, syn_lr = (load(folder / f"{name}_{tag}.pt") for name in ("images", "labels", "syn_lr"))
+        assert images.shape == (20, 3, 64, 64) and images.dtype == torch.float32 and not images.requires_grad
+        assert labels.tolist() == [label for label in range(10) for _ in range(2)] and labels.dtype == torch.int64
+        assert syn_lr.shape == () and math.isclose(
+            syn_lr, record["evaluations"][best if tag == "best" else int(tag)]["syn_lr"], rel_tol=1e-6)
+    assert best > 0 and not torch.equal(load(folder / "images_0.pt"), load(folder / "images_best.pt"))
+    assert torch.equal(load(folder / f"images_{best}.pt"), load(folder / "images_best.pt"))
+    assert not list(folder.glob("images_zca*"))
+
+
+def test_a_run_draws_a_grid_per_evaluation_and_an_animation_of_them(whole_run):
+    _, folder, _ = whole_run
+    grids = sorted(folder.glob("grid_*.png"))
+    assert [path.name for path in grids] == [f"grid_00000{it}.png" for it in range(3)]
+    sizes = {Image.open(path).size for path in grids}
+    with Image.open(folder / "animation.gif") as animation:
+        assert animation.n_frames == 3 and {animation.size} == sizes
+
+
+def test_a_run_leaves_no_other_files(whole_run):
+    _, folder, record = whole_run
+    expected = {"results.json", "animation.gif", "wandb"} | {f"grid_00000{it}.png" for it in range(3)}
+    improved = {str(it) for it in range(3) if (folder / f"images_{it}.pt").exists()}
+    assert {"0", str(record["best_iteration"])} <= improved
+    expected |= {f"{name}_{tag}.pt" for name in ("images", "labels", "syn_lr") for tag in improved | {"best"}}
+    assert {path.name for path in folder.iterdir()} == expected
+
+
+def test_results_hold_settings_versions_and_every_evaluation(whole_run):
+    _, _, record = whole_run
+    assert record["settings"].items() >= {"model": MODEL, "ipc": 2, "lr_img": 1e6, "seed": 0, "batch_syn": 20}.items()
+    assert {"torch", "numpy", "kornia"} <= set(record["versions"])
+    assert record["data"]["val_fraction"] == 0.1 and record["experts"] == len(record["experts_test_accuracy"]) == 3
+    assert [row["iteration"] for row in record["evaluations"]] == [0, 1, 2]
+    assert record["evaluations"][0]["loss"] is None
+    assert all(row["loss"] > 0 and row["syn_lr"] > 0 for row in record["evaluations"][1:])
+    for scores in (*(row["scores"] for row in record["evaluations"]), record["random_real"]):
+        assert all(0 <= value <= 1 for part in ("val", "test") for value in scores[MODEL][part])
+    val = [row["scores"][MODEL]["val"][0] for row in record["evaluations"]]
+    assert record["best_iteration"] == val.index(max(val))
+
+
+def test_a_run_ends_with_a_table_of_real_distilled_and_all_images(whole_run):
+    done, folder, _ = whole_run
+    lines = done.stdout.splitlines()
+    for start in ("20 random real images", "20 distilled images", "all 160 training images"):
+        assert sum(line.startswith(start) and "%" in line for line in lines) == 1
+    assert folder.name in lines[-1]
+
+
+def history(folder):
+    """The rows that an offline run logged, as dictionaries; the .wandb file is a LevelDB log of protobuf records."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    content, block, position, part, rows = path.read_bytes(), 32768, 7, b"", []
+    while position + 7 <= len(content):
+        if block - position % block < 7:  # no record starts in the last bytes of a block
+            position += block - position % block
+            continue
+        length, kind = int.from_bytes(content[position + 4:position + 6], "little"), content[position + 6]
+        part += content[position + 7:position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record, part = wandb_internal_pb2.Record.FromString(part), b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or "|".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_wandb_logs_offline_under_the_documented_keys_without_asking(whole_run):
+    done, folder, record = whole_run
+    rows = history(folder)
+    assert [row["Progress"] for row in rows] == [0, 1, 2]
+    keys = {key.split("|")[0] for key in rows[0]}
+    assert keys >= {"Progress", f"Accuracy/{MODEL}", f"Max_Accuracy/{MODEL}", f"Std/{MODEL}", f"Max_Std/{MODEL}",
+                    "Pixels", "Synthetic_Images", "Synthetic_Pixels", "Clipped_Synthetic_Images/std_2.5",
+                    "Synthetic_LR", "Grand_Loss", "Start_Epoch"}
+    for row, evaluation in zip(rows, record["evaluations"]):
+        assert row[f"Accuracy/{MODEL}"] == pytest.approx(evaluation["scores"][MODEL]["test"][0])
+        assert row["Synthetic_LR"] == pytest.approx(evaluation["syn_lr"])
+    for row, evaluation in zip(rows, record["evaluations"][1:]):
+        assert row["Grand_Loss"] == pytest.approx(evaluation["loss"]) and row["Start_Epoch"] in (0, 1)
+    assert "wandb sync" in done.stdout and "wandb: (" not in done.stdout + done.stderr
+
+
+def test_asked_to_go_online_without_a_login_wandb_goes_offline_with_a_warning(run, cheap_flags, tmp_path):
+    flags = ("--wandb_mode=online", "--Iteration=0", "--epoch_eval_train=1")
+    done = run(SCRIPT, *cheap_flags, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wandb cannot go online" in done.stderr and len(history(results(tmp_path)[0])) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Determinism
+
+
+def same_images(folder, other):
+    return torch.equal(load(folder / "images_best.pt"), load(other / "images_best.pt"))
+
+
+def test_the_same_command_gives_bit_identical_images(whole_run, run, cheap_flags, tmp_path):
+    _, folder, record = whole_run
+    assert run(SCRIPT, *cheap_flags, *LEARNING, cwd=tmp_path).returncode == 0
+    again, record_again = results(tmp_path)
+    assert same_images(folder, again) and course(record) == course(record_again)
+    assert record["random_real"] == record_again["random_real"]
+    assert [row["scores"] for row in record["evaluations"]] == [row["scores"] for row in record_again["evaluations"]]
+    last = "grid_000002.png"
+    assert Image.open(folder / last).tobytes() == Image.open(again / last).tobytes()
+
+
+def test_load_all_changes_no_bit(whole_run, distill):
+    _, folder, record = whole_run
+    again, record_again = distill(*LEARNING, "--load_all")
+    assert same_images(folder, again) and course(record) == course(record_again)
+
+
+def test_another_seed_gives_other_images(whole_run, distill):
+    _, folder, record = whole_run
+    other, record_other = distill("--ipc=2", "--seed=1")
+    assert not torch.equal(load(folder / "images_0.pt"), load(other / "images_0.pt"))
+    assert course(record)[1:] != course(record_other)[1:]
+
+
+def test_how_often_is_evaluated_does_not_change_what_is_learned(distill, whole_run):
+    _, _, record = whole_run
+    _, seldom = distill(*LEARNING, "--eval_it=2", "--epoch_eval_train=1", "--num_eval=2")
+    assert [row["iteration"] for row in seldom["evaluations"]] == [0, 2]
+    assert seldom["evaluations"][-1]["syn_lr"] == record["evaluations"][-1]["syn_lr"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and options
+
+
+@pytest.mark.parametrize("model", ["ConvNet", "MLP", "ResNet"])
+def test_each_model_distills(run_here, tiny_flags, tiny_buffers, tmp_path, model):
+    full_name = "ResNet18" if model == "ResNet" else model
+    done = run_here(SCRIPT, *tiny_flags, f"--model={model}", f"--buffer_path={tiny_buffers(full_name)}",
+                    "--Iteration=1", "--num_eval=1", "--epoch_eval_train=1", "--batch_real=10", "--syn_steps=2",
+                    "--batch_syn=3", "--expert_epochs=1", "--max_start_epoch=1", "--lr_lr=1e-6",
+                    "--wandb_mode=disabled", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, record = results(tmp_path)
+    assert set(record["evaluations"][1]["scores"]) == {full_name}
+    assert record["evaluations"][1]["syn_lr"] != record["evaluations"][0]["syn_lr"]
+    assert record["evaluations"][1]["loss"] > 0
+
+
+@pytest.fixture(scope="module")
+def train_images(eurosat_folder):
+    data = utils.load_data("EuroSAT", eurosat_folder, zca=False, val_fraction=0.1, device="cpu")
+    return [data.train[0][data.train[1] == label] for label in range(10)]
+
+
+def test_images_start_from_different_real_training_images_of_their_class(whole_run, train_images):
+    images = load(whole_run[1] / "images_0.pt")
+    for index, image in enumerate(images):
+        assert any(torch.equal(image, real) for real in train_images[index // 2])
+    assert len(images.unique(dim=0)) == 20
+
+
+def test_images_start_from_noise(distill):
+    folder, _ = distill("--pix_init=noise")
+    images = load(folder / "images_0.pt")
+    assert images.shape == (10, 3, 64, 64)
+    assert abs(images.mean()) < 0.02 and abs(images.std() - 1) < 0.02
+
+
+def test_texture_distills_canvases_tiled_with_real_images(distill, train_images):
+    folder, record = distill("--texture", "--canvas_samples=2")
+    canvases = load(folder / "images_0.pt")
+    assert canvases.shape == load(folder / "images_best.pt").shape == (10, 3, 128, 128)
+    for label, canvas in enumerate(canvases):
+        for tile in (canvas[:, :64, :64], canvas[:, :64, 64:], canvas[:, 64:, :64], canvas[:, 64:, 64:]):
+            assert any(torch.equal(tile, real) for real in train_images[label])
+    assert record["evaluations"][2]["loss"] > 0
+
+
+def test_texture_starts_from_noise_of_the_canvas_size(distill):
+    folder, _ = distill("--texture", "--canvas_size=3", "--pix_init=noise", "--Iteration=1", "--epoch_eval_train=1")
+    assert load(folder / "images_0.pt").shape == (10, 3, 192, 192)
+
+
+def test_without_dsa_or_with_no_aug_the_student_sees_plain_images(run_here, cheap_flags, tmp_path):
+    courses = []
+    for name, flag in (("no_dsa", "--dsa=False"), ("no_aug", "--no_aug"), ("dsa", "--dsa=True")):
+        (tmp_path / name).mkdir()
+        done = run_here(SCRIPT, *cheap_flags, "--wandb_mode=disabled", flag, cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        courses.append(course(results(tmp_path / name)[1]))
+    assert courses[0] == courses[1] != courses[2]
+
+
+def test_mini_batches_may_be_smaller_than_the_synthetic_set(distill):
+    _, record = distill("--batch_syn=4", "--syn_steps=4")
+    assert record["settings"]["batch_syn"] == 4
+    assert record["evaluations"][2]["loss"] > 0
+
+
+@pytest.mark.parametrize("flags, experts", [(["--max_files=1"], 2), (["--max_experts=1"], 2),
+                                            (["--max_files=1", "--max_experts=1"], 1)])
+def test_files_and_experts_to_read_can_be_limited(distill, flags, experts):
+    _, record = distill(*flags, "--Iteration=0", "--epoch_eval_train=1")
+    assert record["experts"] == len(record["experts_test_accuracy"]) == experts
+
+
+def test_the_best_of_a_single_evaluation_is_the_start(distill):
+    folder, record = distill("--Iteration=0", "--epoch_eval_train=1")
+    assert record["best_iteration"] == 0 and len(record["evaluations"]) == 1
+    with Image.open(folder / "animation.gif") as animation:
+        assert animation.n_frames == 1
+
+
+WIDTHS, DEPTHS = ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"), [f"ConvNetD{depth}" for depth in "1234"]
+NORMS, POOLINGS = [f"ConvNet{norm}N" for norm in "NBLIG"], [f"ConvNet{pooling}P" for pooling in "NMA"]
+
+
+@pytest.mark.parametrize("mode, networks", [
+    ("S", ["MLP"]), ("A", ["ConvNet", "MLP", "ResNet18"]), ("R", ["MLP", "ResNet18"]), ("M", ["MLP"]),
+    ("C", ["MLP", "ConvNet"]), ("W", WIDTHS), ("D", DEPTHS), ("P", POOLINGS), ("N", NORMS),
+])
+def test_each_eval_mode_trains_its_networks(run_here, tiny_flags, tiny_buffers, tmp_path, mode, networks):
+    done = run_here(SCRIPT, *tiny_flags, "--model=MLP", f"--buffer_path={tiny_buffers('MLP')}", f"--eval_mode={mode}",
+                    "--Iteration=0", "--num_eval=1", "--epoch_eval_train=1", "--batch_real=10", "--expert_epochs=1",
+                    "--max_start_epoch=1", "--wandb_mode=disabled", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, record = results(tmp_path)
+    assert set(record["evaluations"][0]["scores"]) == set(record["random_real"]) == set(networks)
+    assert all(len(scores["test"]) == 1 for scores in record["evaluations"][0]["scores"].values())
+
+
+def test_eval_mode_m_adds_an_mlp_to_the_model(distill):
+    _, record = distill("--eval_mode=M", "--Iteration=0", "--epoch_eval_train=1")
+    assert set(record["evaluations"][0]["scores"]) == {MODEL, "MLP"}
+
+
+def test_zca_runs_end_to_end_and_also_saves_and_logs_the_images_as_pixels(run, run_here, tiny_flags, zca_folder,
+                                                                         tmp_path):
+    flags = (*tiny_flags, f"--data_path={zca_folder}", "--zca", "--model=MLP", f"--buffer_path={tmp_path}")
+    done = run_here(EXPERTS_SCRIPT, *flags, "--num_experts=1", "--train_epochs=1", cwd=tmp_path)
+    assert done.returncode == 0 and "fitting ZCA" not in done.stdout
+    assert (tmp_path / "EuroSAT" / "MLP" / "replay_buffer_0.pt").is_file()
+    done = run(SCRIPT, *flags, "--Iteration=1", "--num_eval=1", "--epoch_eval_train=1", "--batch_real=10",
+               "--syn_steps=2", "--expert_epochs=1", "--max_start_epoch=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder, _ = results(tmp_path)
+    white, pixels = load(folder / "images_0.pt"), load(folder / "images_zca_0.pt")
+    images, _, _ = utils.load_eurosat(zca_folder)
+    assert all((pixel - images / 255).abs().amax((1, 2, 3)).min() < 1e-3 for pixel in pixels)
+    assert not torch.allclose(white, pixels, atol=0.1)
+    assert load(folder / "images_zca_best.pt").shape == (10, 3, 64, 64)
+    keys = {key.split("|")[0] for key in history(folder)[0]}
+    assert keys >= {"Reconstructed_Images", "Reconstructed_Pixels", "Clipped_Reconstructed_Images/std_2.5"}
+
+
+def test_without_validation_images_the_test_set_chooses(run_here, tiny_flags, tmp_path):
+    flags = (*tiny_flags, "--val_fraction=0", "--model=MLP", f"--buffer_path={tmp_path}")
+    done = run_here(EXPERTS_SCRIPT, *flags, "--num_experts=1", "--train_epochs=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_here(SCRIPT, *flags, "--Iteration=3", "--eval_it=1", "--num_eval=1", "--epoch_eval_train=5",
+                    "--batch_real=10", "--syn_steps=2", "--lr_img=1e5", "--lr_lr=1e-7", "--expert_epochs=1",
+                    "--max_start_epoch=2", "--wandb_mode=disabled", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, record = results(tmp_path)
+    test = [row["scores"]["MLP"]["test"][0] for row in record["evaluations"]]
+    assert record["best_iteration"] == test.index(max(test))
+
+
+def test_mtts_own_experts_are_taken_with_a_warning(distill, buffers, tmp_path):
+    shutil.copytree(buffers, tmp_path / "buffers", ignore=shutil.ignore_patterns("*.json"))
+    with pytest.warns(UserWarning, match=r"replay_buffer_0\.pt has no record of its settings"):
+        _, record = distill(f"--buffer_path={tmp_path / 'buffers'}", "--Iteration=1", "--epoch_eval_train=1")
+    assert record["experts"] == 3 and record["experts_test_accuracy"] == []
+
+
+def test_a_step_size_that_leaves_the_positive_numbers_ends_the_run_in_one_line(run_here, cheap_flags, tmp_path):
+    done = run_here(SCRIPT, *cheap_flags, "--lr_lr=1000", "--wandb_mode=disabled", "--eval_it=2", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("distillation.py: error: diverged at iteration") and "Lower --lr_lr" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_name_is_not_reused_with_other_settings(distill, run_here, cheap_flags, tmp_path):
+    folder, _ = distill("--run_name=mine", "--Iteration=0", "--epoch_eval_train=1")
+    assert folder.name == "mine"
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    done = run_here(SCRIPT, *cheap_flags, "--run_name=mine", "--ipc=2", "--wandb_mode=disabled", cwd=tmp_path)
+    assert done.returncode == 2 and "ipc=1 (here 2)" in done.stderr and "--run_name" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def test_batches_pass_over_all_images_before_any_comes_again():
+    x, y = torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10)
+    batches = list(synthetic_batches(x, y, 6, 4, lambda x, y, generator: (x, y), seeded(0)))
+    assert len(batches) == 6 and all(torch.equal(images.flatten().long(), labels) for images, labels in batches)
+    for three in (batches[:3], batches[3:]):
+        assert sorted(torch.cat([labels for _, labels in three]).tolist()) == list(range(10))
+    assert [labels.tolist() for _, labels in batches[:3]] != [labels.tolist() for _, labels in batches[3:]]
+
+
+def test_windows_of_a_canvas_wrap_around_its_borders():
+    canvases, labels = torch.randn(3, 3, 128, 128, generator=seeded(0)), torch.tensor([4, 5, 6])
+    windows, window_labels = cut_windows(canvases, labels, 2, seeded(1))
+    assert windows.shape == (6, 3, 64, 64) and window_labels.tolist() == [4, 5, 6, 4, 5, 6]
+    for window, canvas in zip(windows, canvases.repeat(2, 1, 1, 1)):
+        top, left = torch.nonzero(canvas[0] == window[0, 0, 0])[0].tolist()
+        assert torch.equal(canvas.roll((-top, -left), dims=(1, 2))[:, :64, :64], window)
+
+
+def test_a_segment_joins_two_snapshots_of_one_expert():
+    trajectories = [[[torch.full((2, 2), 10.0 * expert + epoch), torch.full((1,), -1.0)] for epoch in range(5)]
+                    for expert in range(2)]
+    start, target = Experts(trajectories, [], 4).segment(1, 1, 3, "cpu")
+    assert start.tolist() == [11, 11, 11, 11, -1] and target.tolist() == [14, 14, 14, 14, -1]
+
+
+def test_the_validation_set_chooses_the_best_iteration_and_the_test_set_only_without_one():
+    chosen = []
+    for val in ((0.5, 0.6, 0.6), (math.nan,) * 3):
+        evaluations = Evaluations()
+        for it, test in enumerate((0.9, 0.3, 0.95)):
+            evaluations.add(it, {"net": Scores([val[it]], [test])}, 0.01, None, 0.0)
+        chosen.append(evaluations.best["iteration"])
+        assert evaluations.log()["Max_Accuracy/net"] == (0.3, 0.95)[math.isnan(val[0])]
+    assert chosen == [1, 2]
+
+
+@pytest.mark.parametrize("count, rows", [
+    (10, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]),
+    (20, [list(range(0, 20, 2)), list(range(1, 20, 2))]),
+])
+def test_a_grid_has_ten_images_in_reading_order_and_more_in_a_column_per_class(count, rows):
+    images = torch.zeros(count, 3, 64, 64)
+    for index, image in enumerate(images):
+        image[:, 30:34, 3 * index + 1:3 * index + 4] = 1  # a white mark whose place tells the image
+    picture = np.array(draw_grid(images, torch.arange(10).repeat_interleave(count // 10), "title")).max(2)
+    areas, _ = scipy.ndimage.label(picture == 0)
+    tiles = [picture[place] for place in scipy.ndimage.find_objects(areas) if picture[place].size > 1000]
+    marks = [np.argmax(tile.max(0) == 255) / tile.shape[1] * 64 for tile in tiles]  # tiles come in reading order
+    assert [round((mark - 1) / 3) for mark in marks] == [*rows[0], *rows[1]]

@@ -1,0 +1,188 @@
+"""`expert_trajectories.py` from the command line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+SCRIPT = "expert_trajectories.py"
+
+
+def load(buffers, file=0, model="ConvNetW32"):
+    """The experts of a file, each as one tensor (epochs + 1, P)."""
+    path = buffers / "EuroSAT_NO_ZCA" / model / f"replay_buffer_{file}.pt"
+    return [torch.stack([torch.cat([p.flatten() for p in snapshot]) for snapshot in expert])
+            for expert in torch.load(path, weights_only=True)]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups of experts, and running again
+
+
+def test_the_last_partial_group_is_saved(buffers):
+    assert [len(load(buffers, file)) for file in (0, 1)] == [2, 1]
+    names = sorted(path.name for path in (buffers / "EuroSAT_NO_ZCA" / "ConvNetW32").iterdir())
+    assert names == [f"replay_buffer_{file}.{suffix}" for file in (0, 1) for suffix in ("json", "pt")]
+
+
+def test_more_experts_complete_a_partial_group_and_equal_one_run(run_here, expert_flags, buffers, tmp_path):
+    flags = (*expert_flags, f"--buffer_path={tmp_path}")
+    assert run_here(SCRIPT, *flags, "--num_experts=1", cwd=tmp_path).returncode == 0
+    (first,) = load(tmp_path)
+    done = run_here(SCRIPT, *flags, "--num_experts=3", cwd=tmp_path)
+    assert done.returncode == 0 and "1 of 3 experts are in" in done.stdout
+    assert torch.equal(load(tmp_path)[0], first)
+    for file in (0, 1):
+        both = zip(load(tmp_path, file), load(buffers, file), strict=True)
+        assert all(torch.equal(in_two_runs, in_one) for in_two_runs, in_one in both)
+
+
+def test_an_expert_depends_on_seed_plus_number_alone(run_here, expert_flags, buffers, tmp_path):
+    done = run_here(SCRIPT, *expert_flags, "--num_experts=1", "--seed=2", f"--buffer_path={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 0
+    assert torch.equal(load(tmp_path)[0], load(buffers, file=1)[0])
+
+
+def test_the_same_command_again_trains_nothing(run_here, expert_flags, buffers, tmp_path):
+    copy = shutil.copytree(buffers, tmp_path / "buffers")
+    before = contents(copy)
+    done = run_here(SCRIPT, *expert_flags, "--num_experts=3", f"--buffer_path={copy}", cwd=tmp_path)
+    assert done.returncode == 0 and "3 of 3 experts are in" in done.stdout and "saved" not in done.stdout
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("flag, part", [
+    ("--lr_teacher=0.02", "lr=0.01 (here 0.02)"),
+    ("--train_epochs=4", "epochs=3 (here 4)"),
+    ("--seed=1", "seed=0 (here 1)"),
+    ("--dsa=False", "dsa="),
+    ("--val_fraction=0.2", "val_fraction=0.1 (here 0.2)"),
+])
+def test_other_settings_in_the_same_folder_are_refused(run_here, expert_flags, buffers, tmp_path, flag, part):
+    before = contents(buffers)
+    done = run_here(SCRIPT, *expert_flags, "--num_experts=5", f"--buffer_path={buffers}", flag, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert part in done.stderr and "--buffer_path" in done.stderr
+    assert contents(buffers) == before
+
+
+def test_experts_without_a_record_are_not_continued(run_here, expert_flags, buffers, tmp_path):
+    copy = shutil.copytree(buffers, tmp_path / "buffers", ignore=shutil.ignore_patterns("*.json"))
+    before = contents(copy)
+    done = run_here(SCRIPT, *expert_flags, "--num_experts=5", f"--buffer_path={copy}", cwd=tmp_path)
+    assert done.returncode == 2 and "replay_buffer_0.pt has no record" in done.stderr
+    assert contents(copy) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How they are trained
+
+
+@pytest.fixture(scope="module")
+def train(run_here, tiny_flags, tmp_path_factory):
+    """A function: the trajectory (6, P) of an MLP trained for five epochs with further flags."""
+
+    def train(*flags):
+        folder = tmp_path_factory.mktemp("trained")
+        done = run_here(SCRIPT, *tiny_flags, "--model=MLP", "--train_epochs=5", "--num_experts=1",
+                        f"--buffer_path={folder}", *flags, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return load(folder, model="MLP")[0]
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def usual(train):
+    return train()
+
+
+def test_decay_divides_the_rate_by_ten_after_the_middle(train, usual):
+    decayed = train("--decay")
+    assert torch.equal(decayed[:5], usual[:5])  # the epoch after epoch 5 // 2 + 1 = 3, counted from 0, is the last
+    assert 0.05 < (decayed[5] - decayed[4]).norm() / (usual[5] - usual[4]).norm() < 0.2
+
+
+def test_momentum_takes_longer_steps(train, usual):
+    assert (train("--mom=0.9")[5] - usual[0]).norm() > 1.5 * (usual[5] - usual[0]).norm()
+
+
+def test_weight_decay_shrinks_the_weights(train, usual):
+    assert train("--l2=0.5")[5].norm() < 0.95 * usual[5].norm()
+
+
+def test_without_dsa_experts_train_on_plain_augmentation(train, usual):
+    plain = train("--dsa=False")
+    assert torch.equal(plain[0], usual[0])
+    assert plain.isfinite().all() and not torch.equal(plain[1], usual[1])
+
+
+def test_training_follows_the_learning_rate(train, usual):
+    assert torch.equal(train("--lr_teacher=1e-20")[5], usual[0])
+
+
+def test_bfloat16_gives_nearly_the_same_experts(train, usual):
+    change = train("--amp") - usual[0]
+    assert not torch.equal(change[5], usual[5] - usual[0])
+    assert torch.nn.functional.cosine_similarity(change[1], usual[1] - usual[0], dim=0) > 0.98
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+@pytest.mark.parametrize("model", ["ConvNet", "MLP", "ResNet18"])
+def test_each_model_trains_and_records_its_name(tiny_buffers, model):
+    folder = tiny_buffers(model) / "EuroSAT_NO_ZCA" / model
+    assert json.loads((folder / "replay_buffer_0.json").read_text())["settings"]["model"] == model
+    start, end = load(tiny_buffers(model), model=model)[0]
+    assert end.isfinite().all() and not torch.equal(start, end)
+
+
+def test_resnet_and_resnet18_share_their_experts(run_here, tiny_flags, tiny_buffers, tmp_path):
+    done = run_here(SCRIPT, *tiny_flags, "--model=ResNet", f"--buffer_path={tiny_buffers('ResNet18')}",
+                    "--num_experts=1", "--train_epochs=1", cwd=tmp_path)
+    assert done.returncode == 0 and "1 of 1 experts are in" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+
+
+@pytest.fixture(scope="module")
+def compiled(run, tiny_flags, tmp_path_factory):
+    """A function: the process and the experts of a run, given compilation flags and environment."""
+
+    def train(*flags, **environment):
+        folder = tmp_path_factory.mktemp("compiled")
+        done = run(SCRIPT, *tiny_flags, "--model=ConvNetW32", "--train_epochs=1", "--num_experts=1",
+                   f"--buffer_path={folder}", *flags, cwd=folder, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"),
+                   **environment)
+        assert done.returncode == 0, done.stderr
+        return done, load(folder)[0]
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def plain(compiled):
+    return compiled("--no-compile")[1]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_compiled_training_gives_the_same_experts_up_to_rounding(compiled, plain):
+    done, experts = compiled("--compile")
+    assert "torch.compile failed" not in done.stderr
+    assert torch.equal(experts[0], plain[0])
+    assert (experts[1] - plain[1]).norm() < 0.02 * (plain[1] - plain[0]).norm()
+
+
+def test_without_a_compiler_it_warns_and_trains_as_without_compilation(compiled, plain, tmp_path):
+    done, experts = compiled("--compile", PATH=str(tmp_path), CXX="no-such-compiler")
+    assert done.stderr.count("UserWarning: torch.compile failed, going on without it") == 1
+    assert torch.equal(experts, plain)

@@ -1,0 +1,86 @@
+"""The networks agree with MTT's: outputs, parameter names and order, sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from networks import ALIASES, NETWORKS, ResNet18, get_network
+from reparam_module import ReparamModule
+
+TOO_DEEP = ("ConvNetD7", "ConvNetD8")
+
+
+@pytest.mark.parametrize("name", ["ConvNet", "MLP", "ResNet18"])
+def test_logits_equal_the_reference(golden, name):
+    reference = golden("networks")
+    network = ReparamModule(get_network(name, 3, 10, 64).double())
+    flat = 0.05 * torch.sin(torch.arange(network.num_params, dtype=torch.float64))
+    with torch.no_grad():
+        logits = network(reference["net_input"], flat)
+    torch.testing.assert_close(logits, reference[f"logits_{name}"], rtol=1e-10, atol=1e-10)
+
+
+SHAPES = json.loads((Path(__file__).parent / "golden" / "parameter_shapes.json").read_text())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameter_names_shapes_and_order_equal_the_reference(name):
+    parameters = [[key, list(p.shape)] for key, p in get_network(name, 3, 10, 64).named_parameters()]
+    assert parameters == SHAPES[name]
+
+
+@pytest.mark.parametrize("name", [name for name in (*NETWORKS, *ALIASES) if name not in TOO_DEEP])
+def test_every_network_maps_images_to_ten_finite_logits(name):
+    with torch.no_grad():
+        logits = get_network(name, 3, 10, 64)(torch.randn(2, 3, 64, 64))
+    assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TOO_DEEP)
+def test_a_depth_that_leaves_no_pixels_is_refused_with_the_deepest_that_fits(name):
+    with pytest.raises(ValueError, match=rf"^{name[-1]} poolings leave nothing of 64x64 images.*ConvNetD6"):
+        get_network(name, 3, 10, 64)
+
+
+@pytest.mark.parametrize("name", ["ResNet18", "VGG16"])
+def test_networks_of_five_halvings_refuse_sides_that_do_not_divide(name):
+    with pytest.raises(ValueError, match=rf"{name}.*multiple of 32, not 40"):
+        get_network(name, 3, 10, 40)
+
+
+def test_resnet_is_another_name_of_resnet18():
+    assert isinstance(get_network("ResNet", 3, 10, 64), ResNet18)
+
+
+@pytest.mark.parametrize("name", ["VGG16", "ResNet18"])
+def test_the_classifier_has_2048_inputs_at_64_pixels(name):
+    assert get_network(name, 3, 10, 64).classifier.in_features == 2048
+
+
+@pytest.mark.parametrize("name, attribute, value", [
+    ("ConvNetD2", "in_features", 128 * 16 * 16),
+    ("ConvNetW32", "in_features", 32 * 8 * 8),
+    ("ConvNetNP", "in_features", 128 * 64 * 64),
+    ("ConvNet", "out_features", 10),
+])
+def test_variants_change_what_their_names_say(name, attribute, value):
+    assert getattr(get_network(name, 3, 10, 64).classifier, attribute) == value
+
+
+def test_weights_follow_the_global_seed():
+    def first_weight(seed):
+        torch.manual_seed(seed)
+        return next(get_network("ConvNetW32", 3, 10, 64).parameters())
+
+    assert torch.equal(first_weight(1), first_weight(1))
+    assert not torch.equal(first_weight(1), first_weight(2))
+
+
+def test_an_unknown_name_is_refused_with_all_choices():
+    with pytest.raises(ValueError) as error:
+        get_network("LeNet", 3, 10, 64)
+    assert "'LeNet'" in str(error.value)
+    assert all(name in str(error.value) for name in (*NETWORKS, *ALIASES))

@@ -1,0 +1,71 @@
+"""ZCA agrees with kornia's, is undone by its inverse, and is fitted once."""
+
+import os
+
+import kornia
+import pytest
+import torch
+
+import utils
+
+
+def small_images(count):
+    """Smooth images (count, 3, 8, 8) in [0, 1], correlated as real ones are: 192 dimensions."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    fine = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return 0.7 * torch.nn.functional.interpolate(coarse, size=8, mode="bilinear") + 0.3 * fine
+
+
+# Both compute in float32 and were seen to differ by at most 7e-7 of the largest entry.
+@pytest.mark.parametrize("count", [600, 50], ids=["more images than dimensions", "fewer images than dimensions"])
+@pytest.mark.parametrize("name", ["mean_vector", "transform_matrix", "transform_inv"])
+def test_the_fit_agrees_with_kornia(count, name):
+    images = small_images(count)
+    ours = getattr(utils.fit_zca(images), name)
+    theirs = getattr(kornia.enhance.ZCAWhitening(eps=0.1, compute_inv=True).fit(images), name)
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("count", [600, 50])
+def test_the_inverse_undoes_the_transform(count):
+    images = small_images(count)
+    zca = utils.fit_zca(images)
+    unseen = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    for x in (images, unseen):
+        torch.testing.assert_close(zca.inverse_transform(zca(x)), x, rtol=0, atol=1e-5)
+
+
+def test_whitened_images_have_the_covariance_that_eps_leaves():
+    images = small_images(600)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(images.flatten(1).T))
+    white = torch.linalg.eigvalsh(torch.cov(utils.fit_zca(images)(images).flatten(1).T))
+    torch.testing.assert_close(white, eigenvalues / (eigenvalues + 0.1), rtol=1e-3, atol=1e-4)
+
+
+def test_loading_with_zca_a_second_time_reads_the_cache_and_gives_the_same(zca_folder, capfd):
+    (cache,) = zca_folder.glob("zca_*.pt")
+    made = os.stat(cache).st_mtime_ns
+    data = utils.load_data("EuroSAT", zca_folder, zca=True, val_fraction=0.5, device="cpu")
+    assert "fitting ZCA" not in capfd.readouterr().out
+    assert [path.name for path in zca_folder.glob("zca_*.pt")] == [cache.name]
+    assert os.stat(cache).st_mtime_ns == made
+
+    images, labels, _ = utils.load_eurosat(zca_folder)
+    pixels = images[utils.split_dataset(labels, 0.5).train] / 255
+    torch.testing.assert_close(data.to_pixels(data.train[0]), pixels, rtol=0, atol=1e-3)
+    torch.testing.assert_close(data.zca(pixels), data.train[0], rtol=0, atol=1e-3)
+    assert data.settings["zca"] is True and "mean" not in data.settings
+
+
+def test_a_damaged_zca_cache_is_fitted_again_with_a_warning(tmp_path):
+    images = (255 * small_images(50)).byte()
+    cache, train = tmp_path / "zca.pt", torch.arange(40)
+    first, _ = utils.whiten(images, train, cache)
+    assert torch.equal(utils.whiten(images, train, cache)[0], first)
+    cache.write_bytes(cache.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"zca\.pt cannot be read .*it is made anew"):
+        again, zca = utils.whiten(images, train, cache)
+    assert torch.equal(again, first)
+    torch.testing.assert_close(again, utils.fit_zca(images[:40] / 255)(images / 255), rtol=0, atol=1e-5)
+    assert zca.fitted
