@@ -120,8 +120,9 @@ def test_a_missing_class_folder_is_named(refuse, incomplete_data, script):
 
 
 @pytest.mark.parametrize("script", BOTH)
-def test_a_damaged_image_is_named_on_a_line_of_its_own(run_here, damaged_data, tmp_path, script):
-    done = run_here(script, f"--data_path={damaged_data}", cwd=tmp_path)
+def test_a_damaged_image_is_named_on_a_line_of_its_own(run_here, damaged_data, buffers, tmp_path, script):
+    flags = [f"--data_path={damaged_data}", "--model=ConvNetW32", f"--buffer_path={buffers}"]
+    done = run_here(script, *flags, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]  # after the bar of the files before it
     assert line.startswith(f"{script}: error: ") and "River_3.jpg" in line and "replace it" in line
