@@ -69,7 +69,7 @@ def parse_args():
     add("--max_experts", type=utils.count, help="experts to read per file (default: all)")
     utils.add_flag(parser, "--load_all", help="hold the experts' snapshots on the device")
     utils.add_flag(parser, "--force_save", help="log pictures to wandb with 50 images per class or more, too")
-    add("--log_dir", type=Path, default=Path("logged_files"), help="where results are written")
+    add("--log_dir", type=utils.expanded_path, default=Path("logged_files"), help="where results are written")
     add("--run_name", help="name of the run and its folder (default: from the settings)")
     add("--wandb_mode", choices=("online", "offline", "disabled"), help="default: online when logged in, else offline")
     add("--wandb_project", default="DatasetDistillation", help="wandb project")
@@ -90,8 +90,27 @@ def parse_args():
 @dataclass(frozen=True)
 class Experts:
     trajectories: list  # of experts, of snapshots, of tensors
-    test_accuracies: list  # of each expert after its last epoch; empty where nothing is recorded
+    records: dict  # of each trajectory file, None for MTT's own
     epochs: int  # that every expert has at least
+
+    @property
+    def test_accuracies(self):
+        """Of each expert after its last epoch, as far as it is recorded."""
+        known = (record["experts"] for record in self.records.values() if record)
+        return [expert["test_accuracy"][-1] for experts in known for expert in experts]
+
+    def check_settings(self, settings):
+        """Raise ReportedError where experts were made with other `settings`; warn where nothing is recorded."""
+        for path, record in self.records.items():
+            if record is None:
+                warnings.warn(f"{path} has no record of its settings: whether its preprocessing fits cannot be checked")
+            else:
+                utils.check_record(path, record["settings"], settings)
+
+    def digest(self):
+        """What tells one set of experts from another: a hash of what is recorded of them."""
+        known = [(record or {}) | {"experts": len(self.trajectories)} for record in self.records.values()]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
     def check_epochs(self, max_start_epoch, expert_epochs):
         """Raise ReportedError where the last segment, from T⁺ − 1 to T⁺ − 1 + M, ends after the experts do."""
@@ -122,24 +141,22 @@ def find_experts(folder):
     return files
 
 
-def load_experts(files, settings, shapes, max_experts):
+def load_experts(files, shapes, max_experts):
     """The experts in trajectory `files`, memory-mapped, `max_experts` of each file (None: all).
 
-    Raises ReportedError where they were made with other `settings`, or where their tensors do not have the network's
-    parameter `shapes`.
+    Raises ReportedError where their tensors do not have the network's parameter `shapes`, or a record does not fit.
     """
-    trajectories, accuracies = [], []
+    trajectories, records = [], {}
     for path in files:
-        record = utils.read_record(path)
-        if record is None:
-            warnings.warn(f"{path} has no record of its settings: whether its preprocessing fits cannot be checked")
-        else:
-            utils.check_record(path, record["settings"], settings)
-            accuracies += [expert["test_accuracy"][-1] for expert in record["experts"][:max_experts]]
-        trajectories += utils.read_trajectories(path)[:max_experts]
+        record, experts = utils.read_record(path), utils.read_trajectories(path)
+        if record and len(record["experts"]) != len(experts):
+            raise ReportedError(f"{path} holds {len(experts)} experts, but its record {len(record['experts'])}: run "
+                                "expert_trajectories.py again to complete it")
+        trajectories += experts[:max_experts]
+        records[path] = record and record | {"experts": record["experts"][:max_experts]}
     if any([p.shape for p in expert[0]] != shapes for expert in trajectories):
         raise ReportedError(f"{files[0].parent} holds experts of another architecture: use the --model that made them")
-    return Experts(trajectories, accuracies, epochs=min(len(expert) for expert in trajectories) - 1)
+    return Experts(trajectories, records, epochs=min(len(expert) for expert in trajectories) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,19 +220,19 @@ def synthetic_batches(image_syn, label_syn, steps, batch_syn, prepare, generator
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies, in [0, 1], of the networks of one evaluation; `val` is NaN without a validation set."""
+    """Accuracies, in [0, 1], of the networks of one evaluation; `val` is empty without a validation set."""
 
     val: list
     test: list
 
     def __str__(self):
-        parts = (f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" for part in (self.val, self.test))
-        return "   ".join(f"{'' if 'nan' in part else part:16}" for part in parts)
+        parts = (f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" if part else "" for part in (self.val, self.test))
+        return "   ".join(f"{part:16}" for part in parts)
 
     @property
     def choice(self):
         """What the best iteration is chosen by: the validation set; where there is none, the test set (MTT's rule)."""
-        return np.mean(self.test if np.isnan(self.val).any() else self.val)
+        return np.mean(self.val or self.test)
 
 
 def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, epochs, batch_train, batch_real):
@@ -229,7 +246,8 @@ def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, 
         network = utils.initial_network(model, generator, images.device)
         logits = runner(network)
         utils.evaluate_synset(network, logits, images, labels, syn_lr, epochs, batch_train, prepare, generator)
-        scores.val.append(utils.accuracy(network, logits, *data.val, batch_real))
+        if len(data.val[1]):
+            scores.val.append(utils.accuracy(network, logits, *data.val, batch_real))
         scores.test.append(utils.accuracy(network, logits, *data.test, batch_real))
     return scores
 
@@ -273,11 +291,11 @@ def save_synthetic(folder, tag, image_syn, label_syn, syn_lr, data: Data):
         tensors["images_zca"] = data.to_pixels(image_syn)
     for name, tensor in tensors.items():
         bare = tensor.detach().cpu().clone()
-        utils.write_whole(folder / f"{name}_{tag}.pt", lambda path, bare=bare: torch.save(bare, path))
+        utils.write_whole(folder / f"{name}_{tag}.pt", lambda file, bare=bare: torch.save(bare, file))
 
 
 def save_picture(folder, name, picture, **options):
-    utils.write_whole(folder / name, lambda path: picture.save(path, format=name.rsplit(".")[-1], **options))
+    utils.write_whole(folder / name, lambda file: picture.save(file, format=name.rsplit(".")[-1], **options))
 
 
 def save_animation(folder):
@@ -295,17 +313,24 @@ def save_animation(folder):
 def start_wandb(folder, config, mode, project, entity):
     """A wandb run that never asks and never fails the run: online when logged in and reachable, else offline."""
     mode = mode or os.environ.get("WANDB_MODE")
-    if mode is None:
-        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
     options = {"dir": folder, "config": config, "project": project, "entity": entity, "name": folder.name,
                "settings": wandb.Settings(silent=True, init_timeout=30)}
     try:
-        run = wandb.init(mode=mode, **options)
+        if mode in (None, "online") and not wandb.login(prompt=False, verify=False):
+            if mode == "online":
+                warnings.warn("--wandb_mode=online, but nobody is logged in (wandb login): logging offline")
+            mode = "offline"
+        run = wandb.init(mode=mode or "online", **options)
     except wandb.Error as error:
-        warnings.warn(f"wandb cannot go online ({error}); logging offline")
-        run = wandb.init(mode="offline", **options)
+        warnings.warn(f"wandb cannot go online ({utils.first_line(error)}): logging offline")
+        try:
+            run = wandb.init(mode="offline", **options)
+        except wandb.Error as error:
+            raise ReportedError(f"wandb: {utils.first_line(error)} (--wandb_mode=disabled does without)") from None
     if run.settings.mode == "offline":
         print(f"wandb logs offline; to upload: wandb sync {Path(run.dir).parent}")
+    elif run.url:
+        print(f"wandb: {run.url}")
     return run
 
 
@@ -326,22 +351,22 @@ def picture_log(image_syn, label_syn, data: Data, title):
 # Main
 
 
-def run_settings(args):
-    """The settings that a result depends on: all but paths, names and where it runs."""
+def run_settings(flags):
+    """The flags, a dictionary, that a result depends on: all but paths, names and where it runs."""
     left_out = ("data_path", "buffer_path", "log_dir", "run_name", "device", "load_all", "force_save")
-    return {key: value for key, value in vars(args).items() if key not in left_out and not key.startswith("wandb")}
+    return {key: value for key, value in flags.items() if key not in left_out and not key.startswith("wandb")}
 
 
-def run_folder(args, settings):
-    """The run's folder below --log_dir. Raises ReportedError where it holds a run with other settings."""
-    digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:6]
-    name = args.run_name or f"{args.model}_ipc{args.ipc}{'_zca' if args.zca else ''}_seed{args.seed}_{digest}"
-    folder = args.log_dir / args.dataset / name
+def run_folder(parent, name, settings):
+    """The run's folder below `parent`, `name` or after the settings. Raises ReportedError where another run has it."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    zca = "_zca" if settings["zca"] else ""
+    folder = parent / (name or f"{settings['model']}_ipc{settings['ipc']}{zca}_seed{settings['seed']}_{digest}")
     results = folder / "results.json"
     if results.exists():
         try:
             record = json.loads(results.read_text())["settings"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ReportedError(f"{results} is damaged ({error}): remove it, or use another --run_name") from None
         utils.check_record(folder, record, settings, "--run_name")
     return folder
@@ -366,11 +391,12 @@ class Evaluations:
         for network, scores in self.rows[-1]["scores"].items():
             best = max((row["scores"][network] for row in self.rows), key=lambda scores: scores.choice)
             for prefix, part in (("", "test"), ("Validation_", "val")):
-                log |= {f"{prefix}Accuracy/{network}": np.mean(getattr(scores, part)),
-                        f"{prefix}Std/{network}": np.std(getattr(scores, part)),
-                        f"Max_{prefix}Accuracy/{network}": np.mean(getattr(best, part)),
-                        f"Max_{prefix}Std/{network}": np.std(getattr(best, part))}
-        return {key: value for key, value in log.items() if not math.isnan(value)}
+                if getattr(scores, part):
+                    log |= {f"{prefix}Accuracy/{network}": np.mean(getattr(scores, part)),
+                            f"{prefix}Std/{network}": np.std(getattr(scores, part)),
+                            f"Max_{prefix}Accuracy/{network}": np.mean(getattr(best, part)),
+                            f"Max_{prefix}Std/{network}": np.std(getattr(best, part))}
+        return log
 
     def table(self):
         """Lines for the latest evaluation, one per network."""
@@ -384,9 +410,9 @@ def mean_choice(scores):
     return np.mean([score.choice for score in scores.values()])
 
 
-def check_progress(iteration, expert, start_epoch, loss, syn_lr):
-    """Raise ReportedError where the run has diverged: a loss or an α that is not finite, or α not positive."""
-    if not (math.isfinite(loss) and math.isfinite(syn_lr) and syn_lr > 0):
+def check_progress(iteration, expert, start_epoch, loss, syn_lr, image_syn):
+    """Raise ReportedError where the run has diverged: loss, images or α not finite, or α not positive."""
+    if not (math.isfinite(loss) and math.isfinite(syn_lr) and syn_lr > 0 and image_syn.isfinite().all()):
         raise ReportedError(
             f"diverged at iteration {iteration} (expert {expert}, start epoch {start_epoch}): loss {loss:.4g}, "
             f"α {syn_lr:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps; what was saved is kept")
@@ -396,8 +422,8 @@ def save_results(folder, settings, data: Data, experts: Experts, baseline, evalu
     """Write results.json: settings, versions, every evaluation's accuracies, and what they are compared with."""
 
     def plain(scores):
-        return {network: {part: [None if math.isnan(x) else x for x in values] for part, values in vars(score).items()}
-                for network, score in scores.items()}
+        return {network: vars(score) for network, score in scores.items()}
+
 
     results = {
         "settings": settings,
@@ -410,7 +436,7 @@ def save_results(folder, settings, data: Data, experts: Experts, baseline, evalu
         "random_real": plain(baseline),
         "experts_test_accuracy": experts.test_accuracies,
     }
-    utils.write_whole(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    utils.write_json(folder / "results.json", results)
 
 
 def summary(data: Data, experts: Experts, baseline, evaluations: Evaluations, num_images, folder):
@@ -421,27 +447,28 @@ def summary(data: Data, experts: Experts, baseline, evaluations: Evaluations, nu
     rows += [(f"{num_images} distilled images", network, scores) for network, scores in best["scores"].items()]
     if experts.test_accuracies:
         accuracies = experts.test_accuracies
-        unknown = [math.nan] * len(accuracies)
-        rows.append((f"all {len(data.train[1])} training images", "(experts)", Scores(unknown, accuracies)))
+        rows.append((f"all {len(data.train[1])} training images", "(experts)", Scores([], accuracies)))
     table = "\n".join(f"{trained_on:30} {network:12} {scores}" for trained_on, network, scores in rows)
     return f"\nBest iteration: {best['iteration']}, α = {best['syn_lr']:.5f}\n{table}\nFiles: {folder}"
 
 
 def main():
     args = parse_args()
-    device, settings = utils.check_device(args.device), run_settings(args)
-    folder = run_folder(args, settings)
+    device = utils.check_device(args.device)
     model = utils.ALIASES.get(args.model, args.model)
     pool = list(dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[args.eval_mode]))
 
     network = utils.initial_network(model, utils.make_generator(0), device)  # before the data: refuses unknown names
     student, shapes = ReparamModule(network), [p.shape for p in network.parameters()]
     files = find_experts(utils.expert_folder(args.buffer_path, args.dataset, args.zca, model))[:args.max_files]
-    data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
-    experts = load_experts(files, data.settings | {"model": model}, shapes, args.max_experts)
+    experts = load_experts(files, shapes, args.max_experts)
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
+    data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
+    experts.check_settings(data.settings | {"model": model})
     if args.load_all:
         experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
+    settings = run_settings(vars(args)) | {"data": data.settings["digest"], "experts": experts.digest()}
+    folder = run_folder(args.log_dir / args.dataset, args.run_name, settings)
 
     random = utils.make_generator("distillation", args.seed)
     canvas_size = args.canvas_size if args.texture else 1
@@ -462,13 +489,14 @@ def main():
         key = (args.seed, *key)
         return {name: evaluate(name, training_sets, alpha, data, runner, prepare, key, **sizes) for name in pool}
 
+    draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
+    real_sets = [random_real(data, args.ipc, draw) for draw in draws]
+
     folder.mkdir(parents=True, exist_ok=True)
     run = start_wandb(folder, settings, args.wandb_mode, args.wandb_project, args.wandb_entity)
     print(f"{len(label_syn)} synthetic images, {len(experts.trajectories)} experts; results in {folder}")
     print(f"{'iteration':>9} {'network':12} {'validation':^16}   {'test':^16}   {'α':>8}  {'loss':>6}", flush=True)
     start, losses, evaluations = time.time(), [], Evaluations()
-    draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
-    real_sets = [random_real(data, args.ipc, draw) for draw in draws]
     baseline = evaluate_pool(real_sets, args.lr_teacher, augment, "random real")
     with tqdm(total=args.Iteration, mininterval=1) as bar:
         for it in range(args.Iteration + 1):
@@ -500,13 +528,13 @@ def main():
             optimizer_img.step()
             optimizer_lr.step()
             losses.append(loss.item())
-            check_progress(it, expert, start_epoch, losses[-1], syn_lr.item())
+            check_progress(it, expert, start_epoch, losses[-1], syn_lr.item(), image_syn)
             run.log(log | {"Grand_Loss": losses[-1], "Start_Epoch": start_epoch}, step=it)
             bar.set_postfix(loss=f"{losses[-1]:.4f}", α=f"{syn_lr.item():.5f}", refresh=False)
             bar.update()
     save_animation(folder)
+    print(summary(data, experts, baseline, evaluations, len(label_syn), folder), flush=True)
     run.finish()
-    print(summary(data, experts, baseline, evaluations, len(label_syn), folder))
 
 
 if __name__ == "__main__":

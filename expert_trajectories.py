@@ -5,7 +5,8 @@
 
 writes BUF/EuroSAT/ConvNet/replay_buffer_0.pt, ..., ten experts in each: lists of experts, of snapshots, of tensors, as
 MTT's `buffer.py` does. Beside each file, a .json records what the experts were trained on and how, and how well they
-did. Run again, the command adds the experts that are missing: expert k depends on seed + k and nothing else.
+did. Every expert is saved as soon as it is trained. Run again, the command adds those that are missing: expert k depends
+on seed + k and nothing else.
 """
 
 import time
@@ -41,6 +42,8 @@ def train_expert(network, logits, data: Data, prepare, generator, bar, *, epochs
     trajectory, curves = [snapshot(network)], {"loss": [], "train_accuracy": [], "test_accuracy": []}
     for epoch in range(epochs):
         loss, train_accuracy = utils.train_epoch(logits, optimizer, *data.train, batch_size, prepare, generator, bar)
+        if not loss.isfinite():
+            raise ReportedError(f"an expert diverged in epoch {epoch + 1}: lower --lr_teacher={lr} or --mom={mom}")
         test_accuracy = utils.accuracy(network, logits, *data.test, batch_size)
         trajectory.append(snapshot(network))
         for curve, value in zip(curves.values(), (loss, train_accuracy, test_accuracy)):
@@ -58,13 +61,15 @@ def read_group(folder, settings, save_interval):
     partial group, which is to be completed.
     """
     num_files, num_experts = 0, 0
-    for path in utils.expert_files(folder):
+    files = utils.expert_files(folder)
+    for path in files:
         record = utils.read_record(path)
         if record is None:
-            raise ReportedError(f"{path} has no record of its settings beside it: use another --buffer_path")
+            raise ReportedError(f"{path} has no record of its settings: remove it, or use another --buffer_path")
         utils.check_record(path, record["settings"] | record["training"], settings)
-        if len(record["experts"]) < save_interval:
-            return num_files, num_experts, utils.read_trajectories(path), record["experts"]
+        if path == files[-1] and len(record["experts"]) < save_interval:
+            # The record is written last: experts beyond it come from a run that was killed in between.
+            return num_files, num_experts, utils.read_trajectories(path)[:len(record["experts"])], record["experts"]
         num_files, num_experts = num_files + 1, num_experts + len(record["experts"])
     return num_files, num_experts, [], []
 
@@ -99,10 +104,11 @@ def main():
                                               **hyperparameters)
         trajectories.append(trajectory)
         experts.append({"seed": args.seed + k, "seconds": round(time.time() - start, 1)} | curves)
+        record = {"settings": settings, "training": training, "versions": utils.versions(), "experts": experts}
+        utils.write_trajectories(folder / f"replay_buffer_{file}.pt", trajectories, record)
         if len(trajectories) == args.save_interval or k == args.num_experts - 1:
-            record = {"settings": settings, "training": training, "versions": utils.versions(), "experts": experts}
-            utils.write_trajectories(folder / f"replay_buffer_{file}.pt", trajectories, record)
             print(f"saved {folder / f'replay_buffer_{file}.pt'}: {len(experts)} experts")
+        if len(trajectories) == args.save_interval:
             file, trajectories, experts = file + 1, [], []
 
 

@@ -65,6 +65,11 @@ def run_script(main):
         sys.exit(2)
 
 
+def first_line(error):
+    """An exception's message in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def boolean(text):
     """The booleans of MTT's commands (`--dsa True`); argparse's own `type=bool` takes "False" for true."""
     if text.lower() not in ("true", "false"):
@@ -95,9 +100,14 @@ def number(kind, minimum, *, exclusive=False, below=math.inf):
 count, positive, not_negative = number(int, 1), number(float, 0, exclusive=True), number(float, 0)
 
 
+def expanded_path(text):
+    """A folder's path; `~` is expanded here, since shells leave it alone after `--flag=`."""
+    return Path(text).expanduser()
+
+
 def strategy(text):
-    """A DSA strategy: names of `AUGMENTATIONS` joined by underscores."""
-    unknown = [group for group in text.split("_") if group not in AUGMENTATIONS]
+    """A DSA strategy: some groups of `DSA_STRATEGY`, joined by underscores."""
+    unknown = [group for group in text.split("_") if group not in DSA_STRATEGY.split("_")]
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown group {unknown[0]!r}: join some of {DSA_STRATEGY} by underscores")
     return text
@@ -111,10 +121,10 @@ def add_flag(parser, name, default=False, help=""):
 def add_shared_flags(parser, batch_train):
     """The flags that both scripts understand; `batch_train` is the script's own default batch size."""
     add = parser.add_argument
-    add("--dataset", choices=sorted(DATASETS), default="EuroSAT",
+    add("--dataset", choices=("EuroSAT", "ToySAT"), default="EuroSAT",
         help="EuroSAT, or ToySAT: a drawn stand-in for trying things out")
-    add("--data_path", type=Path, default=Path("data"), help="folder with the data set; caches are kept there too")
-    add("--buffer_path", type=Path, default=Path("buffers"), help="folder of the expert trajectories")
+    add("--data_path", type=expanded_path, default=Path("data"), help="folder of the data set and of its caches")
+    add("--buffer_path", type=expanded_path, default=Path("buffers"), help="folder of the expert trajectories")
     add("--model", default="ConvNet",
         help="network: ConvNet (and variants such as ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16")
     add("--lr_teacher", type=positive, default=0.01, help="experts' learning rate; for distillation, where α starts")
@@ -139,7 +149,7 @@ def check_device(name):
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ReportedError(
-            f"--device={name} cannot be used ({str(error).splitlines()[0]}): try --device=cpu") from None
+            f"--device={name} cannot be used ({first_line(error)}): try --device=cpu") from None
 
 
 def make_generator(*key):
@@ -158,14 +168,21 @@ def versions():
 
 
 def write_whole(path, write):
-    """Write a file whole or not at all: `write(temporary_path)`, then rename."""
+    """Write a file whole or not at all: `write(file)` to a temporary one, then rename. Raises OSError with the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        with open(temporary, "wb") as file:
+            write(file)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
+        raise OSError(f"{path} cannot be written ({first_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def read_cache(path):
@@ -175,16 +192,16 @@ def read_cache(path):
     except FileNotFoundError:
         return None
     except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
-        warnings.warn(f"{path} cannot be read ({str(error).splitlines()[0]}); it is made anew")
+        warnings.warn(f"{path} cannot be read ({first_line(error)}); it is made anew")
         return None
 
 
 def write_cache(path, content):
     """Write a dictionary of tensors and strings, which takes time to make. Where that fails, warn and go on."""
     try:
-        write_whole(path, lambda temporary: torch.save(content, temporary))
+        write_whole(path, lambda file: torch.save(content, file))
     except OSError as error:
-        warnings.warn(f"{path} cannot be written ({error.strerror}): it will be made again next time")
+        warnings.warn(f"{first_line(error)}: it will be made again next time")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +229,7 @@ def load_eurosat(data_path):
     fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
     cache = data_path / EUROSAT_CACHE
     cached = read_cache(cache)
-    if cached and cached["fingerprint"] == fingerprint:
+    if cached and cached.get("fingerprint") == fingerprint:
         return cached["images"], cached["labels"], cached["digest"]
     images = decode_jpegs([folder / path for path in paths])
     made = {"fingerprint": fingerprint, "images": images, "labels": labels, "digest": data_digest(images, labels)}
@@ -244,7 +261,7 @@ def find_eurosat(data_path):
     try:
         print(f"EuroSAT is not in {data_path}; downloading it (90 MB)", flush=True)
         torchvision.datasets.EuroSAT(data_path, download=True)
-        return found()
+        return found() or data_path / "eurosat" / "2750"
     except Exception as error:  # torchvision passes on whatever the network raises
         for folder in (data_path / "eurosat", data_path):  # leave no empty folders behind
             if folder.is_dir() and not any(folder.iterdir()):
@@ -484,7 +501,7 @@ def draw_toysat(per_class: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def load_toysat(data_path, per_class=300):
     """ToySAT, a drawn stand-in for EuroSAT, in the form of `load_eurosat`; `data_path` is not read."""
     images, labels = map(torch.from_numpy, draw_toysat(per_class))
-    return images, labels, data_digest(images, labels)
+    return images, labels, f"drawn-{per_class}"  # not of the pixels: a sine's last bit differs between processors
 
 
 def write_toysat(folder, per_class, seed=0):
@@ -756,8 +773,8 @@ def expert_files(folder):
 
 def write_trajectories(path, trajectories, record):
     """Write experts as MTT does (list of experts, of snapshots, of tensors), and `record` beside them as JSON."""
-    write_whole(path, lambda temporary: torch.save(trajectories, temporary))
-    write_whole(path.with_suffix(".json"), lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
+    write_whole(path, lambda file: torch.save(trajectories, file))
+    write_json(path.with_suffix(".json"), record)
 
 
 def read_trajectories(path):
@@ -774,16 +791,17 @@ def read_trajectories(path):
         return trajectories
     except Exception as error:  # torch.load raises whatever the file's bytes happen to trigger
         raise ReportedError(
-            f"{path} is no trajectory file ({str(error).splitlines()[0]}): remove it and train again") from None
+            f"{path} is no trajectory file ({first_line(error)}): remove it and train again") from None
 
 
 def read_record(path):
     """The record beside a trajectory file; None where there is none, as with MTT's own files."""
     try:
-        return json.loads(path.with_suffix(".json").read_text())
+        record = json.loads(path.with_suffix(".json").read_text())
+        return {key: record[key] for key in ("settings", "training", "experts")}
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ReportedError(
             f"{path.with_suffix('.json')} is damaged ({error}): remove it with its .pt file and train again") from None
 
@@ -820,6 +838,8 @@ class Runner:
 
     def __init__(self, compile=True, amp=False):
         self.compile, self.amp = compile, amp
+        if compile:  # one forward() serves all variants of ConvNet, with several graphs for each
+            torch._dynamo.config.recompile_limit = 64
 
     def __call__(self, network):
         compiled = torch.compile(network, dynamic=False) if self.compile else None
@@ -830,7 +850,7 @@ class Runner:
                     try:
                         return compiled(x.contiguous(memory_format=torch.channels_last)).float()
                     except torch._dynamo.exc.TorchDynamoException as error:
-                        warnings.warn(f"torch.compile failed, going on without it: {str(error).splitlines()[0]}")
+                        warnings.warn(f"torch.compile failed, going on without it: {first_line(error)}")
                         self.compile = False
                 return network(x).float()
 
@@ -838,7 +858,7 @@ class Runner:
 
 
 def train_epoch(logits, optimizer, images, labels, batch_size, prepare, generator, bar=None):
-    """One epoch over `images` (N, C, H, W) in a random order: mean loss and accuracy, as floats.
+    """One epoch over `images` (N, C, H, W) in a random order: mean loss and accuracy, scalars on its device.
 
     `prepare(x, y, generator)` augments a batch. `bar`, a tqdm, advances by a step for each batch.
     """
@@ -861,7 +881,7 @@ def train_epoch(logits, optimizer, images, labels, batch_size, prepare, generato
 
 @torch.no_grad()
 def accuracy(network, logits, images, labels, batch_size):
-    """Fraction of `images` (N, C, H, W) that the network labels rightly. NaN for no images."""
+    """Fraction of `images` (N, C, H, W) that the network labels rightly."""
     network.eval()
     predicted = []
     for x in images.split(batch_size):
@@ -869,7 +889,7 @@ def accuracy(network, logits, images, labels, batch_size):
                        (0, 0, 0, 0, 0, 0, 0, batch_size - len(x)))  # one shape, so that one compiled graph serves all
         predicted.append(logits(padded)[: len(x)].argmax(1))
     network.train()
-    return (torch.cat(predicted) == labels).double().mean().item() if predicted else math.nan
+    return (torch.cat(predicted) == labels).double().mean().item()
 
 
 def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch_size, prepare, generator):

@@ -166,7 +166,7 @@ def test_asked_to_go_online_without_a_login_wandb_goes_offline_with_a_warning(ru
     flags = ("--wandb_mode=online", "--Iteration=0", "--epoch_eval_train=1")
     done = run(SCRIPT, *cheap_flags, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "wandb cannot go online" in done.stderr and len(history(results(tmp_path)[0])) == 1
+    assert "nobody is logged in" in done.stderr and len(history(results(tmp_path)[0])) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,12 +401,12 @@ def test_a_segment_joins_two_snapshots_of_one_expert():
 
 def test_the_validation_set_chooses_the_best_iteration_and_the_test_set_only_without_one():
     chosen = []
-    for val in ((0.5, 0.6, 0.6), (math.nan,) * 3):
+    for val in ([[0.5], [0.6], [0.6]], [[], [], []]):
         evaluations = Evaluations()
         for it, test in enumerate((0.9, 0.3, 0.95)):
-            evaluations.add(it, {"net": Scores([val[it]], [test])}, 0.01, None, 0.0)
+            evaluations.add(it, {"net": Scores(val[it], [test])}, 0.01, None, 0.0)
         chosen.append(evaluations.best["iteration"])
-        assert evaluations.log()["Max_Accuracy/net"] == (0.3, 0.95)[math.isnan(val[0])]
+        assert evaluations.log()["Max_Accuracy/net"] == (0.3 if val[0] else 0.95)
     assert chosen == [1, 2]
 
 

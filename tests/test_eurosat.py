@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not EUROSAT_PATH, reason="real EuroSAT is not at
 
 
 def test_all_images_load_and_the_cache_is_much_faster():
+    (Path(EUROSAT_PATH) / utils.EUROSAT_CACHE).unlink(missing_ok=True)
     start = time.time()
     images, labels, digest = utils.load_eurosat(Path(EUROSAT_PATH))
     first = time.time() - start
@@ -24,7 +25,8 @@ def test_all_images_load_and_the_cache_is_much_faster():
 
     start = time.time()
     again = utils.load_eurosat(Path(EUROSAT_PATH))
-    assert time.time() - start < first / 5
+    again_seconds = time.time() - start
+    assert again_seconds < 1 and again_seconds < first / 5  # the first takes 10 s where nothing else runs
     assert again[2] == digest and torch.equal(again[0][::1000], images[::1000])
 
     parts = utils.split_dataset(labels, val_fraction=0)
@@ -36,7 +38,7 @@ def test_both_scripts_run_on_a_part(run, tmp_path):
         folder = tmp_path / "data" / "2750" / name
         folder.mkdir(parents=True)
         for number in range(1, 31):
-            shutil.copy(Path(EUROSAT_PATH) / "2750" / name / f"{name}_{number}.jpg", folder)
+            shutil.copy(utils.find_eurosat(Path(EUROSAT_PATH)) / name / f"{name}_{number}.jpg", folder)
     flags = ["--dataset=EuroSAT", "--model=ConvNet", "--data_path=data", "--buffer_path=buffers", "--no-compile"]
     done = run("expert_trajectories.py", *flags, "--num_experts=1", "--train_epochs=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -46,9 +46,10 @@ def test_the_record_beside_a_file_tells_how_it_was_made(buffers):
 def test_written_trajectories_and_record_read_back(tmp_path):
     trajectories = [[[torch.randn(2, 3), torch.randn(4)] for _ in range(3)] for _ in range(2)]
     path = tmp_path / "deep" / "replay_buffer_0.pt"
-    utils.write_trajectories(path, trajectories, {"settings": {"zca": False}})
+    record = {"settings": {"zca": False}, "training": {"lr": 0.01}, "experts": []}
+    utils.write_trajectories(path, trajectories, record)
     assert sorted(os.listdir(path.parent)) == ["replay_buffer_0.json", "replay_buffer_0.pt"]
-    assert utils.read_record(path) == {"settings": {"zca": False}}
+    assert utils.read_record(path) == record
     for reader in (utils.read_trajectories, lambda path: torch.load(path, weights_only=True)):
         torch.testing.assert_close(reader(path), trajectories, rtol=0, atol=0)
 
@@ -109,10 +110,10 @@ def test_each_setting_that_differs_is_named_and_no_other(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.txt"
-    utils.write_whole(path, lambda temporary: temporary.write_text("old"))
+    utils.write_whole(path, lambda file: file.write(b"old"))
 
-    def fail(temporary):
-        temporary.write_text("half of the n")
+    def fail(file):
+        file.write(b"half of the n")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
