@@ -80,17 +80,15 @@ def boolean(text):
 def number(kind, minimum, *, exclusive=False, below=math.inf):
     """An argparse type: a number from `minimum` (above it, if `exclusive`) to less than `below`; NaN is refused."""
 
+    what = "a whole number" if kind is int else "a number"
+    limit = f"{'more than' if exclusive else 'at least'} {minimum}" + f" and less than {below}" * (below < math.inf)
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
-            ) from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         if not minimum <= value < below or (exclusive and value == minimum):  # NaN fails the first comparison
-            limit = f"{'more than' if exclusive else 'at least'} {minimum}" + (
-                f" and less than {below}" if below < math.inf else ""
-            )
             raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit}")
         return value
 
@@ -629,12 +627,12 @@ def load_data(dataset, data_path, zca, val_fraction, device):
 
 def window(x, rows, cols, fill=0.0):
     """Images with pixels x[b, :, rows[b, i], cols[b, j]], or `fill` where that is outside of x (B, C, H, W)."""
-    height, width = x.shape[2:]
+    _, channels, height, width = x.shape
     inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((cols >= 0) & (cols < width))[:, None, None, :]
     rows, cols = rows.clamp(0, height - 1)[:, None, :, None], cols.clamp(0, width - 1)[:, None, None, :]
-    picked = x.gather(2, rows.expand(-1, x.shape[1], -1, width)).gather(3,
-                                                                        cols.expand(-1, x.shape[1], rows.shape[2], -1))
-    return torch.where(inside, picked, fill)
+    x = x.gather(2, rows.expand(-1, channels, -1, width))  # (B, C, len(rows), W)
+    x = x.gather(3, cols.expand(-1, channels, x.shape[2], -1))
+    return torch.where(inside, x, fill)
 
 
 def sample_affine(x, matrices):
@@ -661,8 +659,8 @@ def draw_crop(batch, size, generator):
 
 
 def apply_crop(x, shift_rows, shift_cols):
-    return window(x, torch.arange(x.shape[2], device=x.device) + shift_rows,
-                  torch.arange(x.shape[3], device=x.device) + shift_cols)
+    rows, cols = (torch.arange(size, device=x.device) for size in x.shape[2:])
+    return window(x, rows + shift_rows, cols + shift_cols)
 
 
 def draw_cutout(batch, size, generator):
@@ -739,8 +737,7 @@ def plain_augment(x, generator):
     angles = torch.randint(-45, 45, (batch,), generator=generator).tolist()
 
     index = torch.arange(size)
-    centred = torch.div(2 * index + resized - size, 2,
-                        rounding_mode="floor")  # position in the resized image, which is centred
+    centred = (2 * index + resized - size) // 2  # position in the resized image, which is centred
     source = torch.where((centred >= 0) & (centred < resized), centred * size // resized, -1)
     mean = x.mean(dim=(0, 2, 3), keepdim=True)
     cropped = window(x, *(index + shift).to(x.device), fill=mean)
