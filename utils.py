@@ -79,7 +79,6 @@ def boolean(text):
 
 def number(kind, minimum, *, exclusive=False, below=math.inf):
     """An argparse type: a number from `minimum` (above it, if `exclusive`) to less than `below`; NaN is refused."""
-
     what = "a whole number" if kind is int else "a number"
     limit = f"{'more than' if exclusive else 'at least'} {minimum}" + f" and less than {below}" * (below < math.inf)
 
