@@ -255,19 +255,25 @@ def find_eurosat(data_path):
         if archive.is_file():
             unpack_eurosat(archive)
             return found()
+    print(f"EuroSAT is not in {data_path}; downloading it (90 MB)", flush=True)
     try:
-        print(f"EuroSAT is not in {data_path}; downloading it (90 MB)", flush=True)
-        torchvision.datasets.EuroSAT(data_path, download=True)
-        return found() or data_path / "eurosat" / "2750"
+        return download_eurosat(data_path)
     except Exception as error:  # torchvision passes on whatever the network raises
-        for folder in (data_path / "eurosat", data_path):  # leave no empty folders behind
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        if data_path.is_dir() and not any(data_path.iterdir()):
+            data_path.rmdir()  # as it was
         raise ReportedError(
             f"EuroSAT is not in --data_path={data_path}: looked for class folders ({CLASS_NAMES[0]}, ...) in "
             f"{', '.join(EUROSAT_FOLDERS)} and for {' or '.join(EUROSAT_ARCHIVES)}, and the download failed ({error}). "
             "Either unpack the data there, or put the archive there (EuroSAT_RGB.zip from zenodo.org/records/7711810), "
             "or run once with access to the network.") from None
+
+
+def download_eurosat(data_path):
+    """Let torchvision fetch and unpack EuroSAT; returns the folder of its class folders, `2750/` in `data_path`."""
+    data_path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_path, prefix=".download") as temporary:
+        torchvision.datasets.EuroSAT(temporary, download=True)
+        return (Path(temporary) / "eurosat" / "2750").rename(data_path / "2750")  # whole or not at all
 
 
 def unpack_eurosat(archive):

@@ -4,6 +4,7 @@ import os
 import shutil
 import urllib.error
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,9 +130,20 @@ def test_an_archive_without_eurosats_classes_is_reported(tmp_path):
     assert os.listdir(tmp_path) == ["EuroSAT.zip"]
 
 
+def test_where_there_is_no_data_torchvision_downloads_it(folder, tmp_path, digest, monkeypatch):
+    def online(root, download):
+        shutil.copytree(folder, f"{root}/eurosat/2750")
+        Path(root, "eurosat", "EuroSAT.zip").touch()  # torchvision leaves the archive there
+
+    monkeypatch.setattr(torchvision.datasets, "EuroSAT", online)
+    data_path = tmp_path / "new"
+    assert load_eurosat(data_path)[2] == digest
+    assert sorted(os.listdir(data_path)) == ["2750", EUROSAT_CACHE]
+
+
 def test_without_data_and_network_the_error_names_what_where_and_three_ways(tmp_path, monkeypatch):
     def offline(root, download):
-        (root / "eurosat").mkdir(parents=True)  # torchvision makes its folder before it tries
+        Path(root, "eurosat", "2750").mkdir(parents=True)  # an interrupted download, half unpacked
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "EuroSAT", offline)
