@@ -1,5 +1,6 @@
 """Data: ToySAT, the EuroSAT loader with its cache and its errors, splits, normalisation."""
 
+import copy
 import os
 import shutil
 import urllib.error
@@ -52,6 +53,24 @@ def test_toysat_written_as_jpegs_reads_back_as_what_was_drawn(tiny_folder):
     drawn, drawn_labels = map(torch.from_numpy, utils.draw_toysat(6))
     assert torch.equal(labels, drawn_labels)
     assert (images.float() - drawn.float()).abs().mean() < 6  # of 255; what JPEG loses on fine texture
+
+
+def test_on_toysat_a_linear_classifier_does_clearly_worse_than_the_convnet(tmp_path):
+    data = utils.load_data("ToySAT", tmp_path, zca=False, val_fraction=0.1, device="cpu")
+
+    def best_accuracy(network, lr, epochs):
+        optimizer, generator = torch.optim.SGD(network.parameters(), lr, momentum=0.9), utils.make_generator(0)
+        accuracies = []
+        for _ in range(epochs):
+            utils.train_epoch(network, optimizer, *data.train, 32, lambda x, y, _: (x, y), generator)
+            accuracies.append(utils.accuracy(network, network, *data.test, 300))
+        return max(accuracies)
+
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 10))
+    torch.nn.init.zeros_(linear[1].weight)
+    at_best = max(best_accuracy(copy.deepcopy(linear), lr, epochs=10) for lr in (1e-4, 3e-4, 1e-3))
+    convnet = utils.initial_network("ConvNetW32", utils.make_generator(0), "cpu")
+    assert 0.2 < at_best < best_accuracy(convnet, lr=0.01, epochs=1) - 0.2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
