@@ -459,7 +459,7 @@ def main():
     pool = list(dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[args.eval_mode]))
 
     network = utils.initial_network(model, utils.make_generator(0), device)  # before the data: refuses unknown names
-    student, shapes = ReparamModule(network), [p.shape for p in network.parameters()]
+    student, shapes = ReparamModule(network, args.amp), [p.shape for p in network.parameters()]
     files = find_experts(utils.expert_folder(args.buffer_path, args.dataset, args.zca, model))[:args.max_files]
     experts = load_experts(files, shapes, args.max_experts)
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)

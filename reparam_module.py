@@ -20,12 +20,13 @@ from torch.nn import functional as F
 class ReparamModule(nn.Module):
     """Call a network with its parameters taken from one flat vector, in `parameters()` order.
 
-    The network's own parameters lend only their names and shapes. `num_params` is P, the length of the vector.
+    The network's own parameters lend only their names and shapes. `num_params` is P, the length of the vector. `amp`
+    computes in bfloat16 where autocast does; parameters, logits and gradients stay as they are.
     """
 
-    def __init__(self, network):
+    def __init__(self, network, amp=False):
         super().__init__()
-        self.network = network
+        self.network, self.amp = network, amp
         self.names, parameters = zip(*network.named_parameters())
         self.shapes = [p.shape for p in parameters]
         self.sizes = [p.numel() for p in parameters]
@@ -38,7 +39,8 @@ class ReparamModule(nn.Module):
                 f"expected a flat vector of {self.num_params} parameters, got shape {tuple(flat_params.shape)}")
         parts = flat_params.split(self.sizes)
         parameters = {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes)}
-        return functional_call(self.network, parameters, (x,))
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            return functional_call(self.network, parameters, (x,)).to(x.dtype)
 
 
 def match_trajectory(student, theta_start, theta_target, image_syn, syn_lr, batches):

@@ -135,7 +135,7 @@ def add_shared_flags(parser, batch_train):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
         help="torch.compile the networks that are trained")
-    add_flag(parser, "--amp", help="train networks in bfloat16 (autocast)")
+    add_flag(parser, "--amp", help="train networks in bfloat16 (autocast), the student among them")
 
 
 def check_device(name):

@@ -44,6 +44,16 @@ def cheap_flags(eurosat_folder, buffers):
             "--syn_steps=2", "--expert_epochs=1", "--max_start_epoch=2", "--lr_lr=1e-6"]
 
 
+@pytest.fixture(scope="module")
+def toysat_flags(run_here, tmp_path_factory):
+    """Flags for distilling ToySAT, which has 270 images per class, with one expert of one epoch."""
+    folder = tmp_path_factory.mktemp("toysat")
+    flags = ["--dataset=ToySAT", f"--data_path={folder}", f"--buffer_path={folder}", "--model=MLP", "--no-compile"]
+    done = run_here(EXPERTS_SCRIPT, *flags, "--num_experts=1", "--train_epochs=1", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return flags
+
+
 @pytest.fixture
 def distill(run_here, cheap_flags, tmp_path):
     """Distill with further flags, in this process and without wandb: the run's folder and results."""
@@ -169,6 +179,16 @@ def test_asked_to_go_online_without_a_login_wandb_goes_offline_with_a_warning(ru
     assert "nobody is logged in" in done.stderr and len(history(results(tmp_path)[0])) == 1
 
 
+@pytest.mark.parametrize("flags, pictures", [([], False), (["--force_save"], True)])
+def test_with_50_images_per_class_pictures_are_logged_only_when_forced(run, tmp_path, toysat_flags, flags, pictures):
+    done = run(SCRIPT, *toysat_flags, "--ipc=50", "--Iteration=0", "--num_eval=1", "--epoch_eval_train=1",
+               "--expert_epochs=1", "--max_start_epoch=1", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = history(next(tmp_path.glob("logged_files/ToySAT/*")))
+    assert "Accuracy/MLP" in row
+    assert any(key.startswith("Synthetic_Images") for key in row) == pictures
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Determinism
 
@@ -192,6 +212,15 @@ def test_load_all_changes_no_bit(whole_run, distill):
     _, folder, record = whole_run
     again, record_again = distill(*LEARNING, "--load_all")
     assert same_images(folder, again) and course(record) == course(record_again)
+
+
+def test_compilation_and_bfloat16_change_the_course_of_a_run_only_a_little(whole_run, run, cheap_flags, tmp_path):
+    flags = ("--compile", "--amp", "--wandb_mode=disabled")
+    done = run(SCRIPT, *cheap_flags, *LEARNING, *flags, cwd=tmp_path)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    losses, others = ([row["loss"] for row in record["evaluations"][1:]]
+                      for record in (whole_run[2], results(tmp_path)[1]))
+    assert losses != others and losses == pytest.approx(others, rel=0.02)
 
 
 def test_another_seed_gives_other_images(whole_run, distill):

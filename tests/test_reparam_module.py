@@ -96,3 +96,20 @@ def test_a_vector_of_another_length_is_refused(extra):
     student = ReparamModule(ConvNet(3, 10, 16, width=4, depth=1))
     with pytest.raises(ValueError, match=f"{student.num_params} parameters.*{student.num_params + extra}"):
         student(torch.randn(1, 3, 16, 16), torch.zeros(student.num_params + extra))
+
+
+def test_bfloat16_gives_nearly_the_same_gradients():
+    network = utils.initial_network("ConvNetW32", utils.make_generator(0), "cpu")
+    start = torch.cat([p.detach().flatten() for p in network.parameters()])
+    target = start + 0.01 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
+
+    def match(amp):
+        images = torch.randn(10, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        syn_lr = torch.tensor(0.01, requires_grad=True)
+        batches = [(images, torch.arange(10))] * 5
+        return match_trajectory(ReparamModule(network, amp), start, target, images, syn_lr, batches)
+
+    (loss, images, syn_lr), (amp_loss, amp_images, amp_syn_lr) = match(amp=False), match(amp=True)
+    assert amp_images.dtype == torch.float32 and not torch.equal(amp_images, images)
+    assert F.cosine_similarity(amp_images.flatten(), images.flatten(), dim=0) > 0.99
+    torch.testing.assert_close(torch.stack([amp_loss, amp_syn_lr]), torch.stack([loss, syn_lr]), rtol=0.05, atol=0)
