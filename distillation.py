@@ -424,7 +424,6 @@ def save_results(folder, settings, data: Data, experts: Experts, baseline, evalu
     def plain(scores):
         return {network: vars(score) for network, score in scores.items()}
 
-
     results = {
         "settings": settings,
         "data": data.settings,

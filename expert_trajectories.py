@@ -77,8 +77,7 @@ def read_group(folder, settings, save_interval):
 def main():
     args = parse_args()
     device = utils.check_device(args.device)
-    utils.initial_network(args.model, utils.make_generator(0),
-                          device)  # refuses an unknown name before the data is loaded
+    utils.initial_network(args.model, utils.make_generator(0), device)  # before the data: refuses unknown names
     data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
     prepare = utils.make_prepare(args.dsa, args.dsa_strategy)
     runner = utils.Runner(args.compile, args.amp)
@@ -91,9 +90,8 @@ def main():
     file, done, trajectories, experts = read_group(folder, settings | training, args.save_interval)
     done += len(experts)
     folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is better found out now
-    print(
-        f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test images; "
-        f"{done} of {args.num_experts} experts are in {folder}")
+    print(f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test images; "
+          f"{done} of {args.num_experts} experts are in {folder}")
 
     batches = -(-len(data.train[1]) // args.batch_train)
     for k in range(done, args.num_experts):

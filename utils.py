@@ -145,8 +145,7 @@ def check_device(name):
         torch.zeros(1, device=device).cpu()  # the meta device, for one, holds no data to copy
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ReportedError(
-            f"--device={name} cannot be used ({first_line(error)}): try --device=cpu") from None
+        raise ReportedError(f"--device={name} cannot be used ({first_line(error)}): try --device=cpu") from None
 
 
 def make_generator(*key):
@@ -352,8 +351,8 @@ def split_dataset(labels, val_fraction, test_fraction=0.1):
             raise ReportedError(
                 f"class {name} has only {len(members)} images, too few to split {test_fraction:.0%} for testing "
                 f"and --val_fraction={val_fraction} for validation")
-        for part, indices in zip(parts,
-                                 np.split(members, [len(members) - num_test - num_val, len(members) - num_test])):
+        num_train = len(members) - num_test - num_val
+        for part, indices in zip(parts, np.split(members, [num_train, num_train + num_val])):
             part.append(indices)
     return Split(*(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts))
 
@@ -424,9 +423,8 @@ class LandPainter:
 
     def herbaceous(self):
         palette = np.hstack([SOIL, GREEN[:, 2:]])
-        scene = cover(self.tones(palette), 0.5 + 0.4 * self.noise(16), self.tones(palette)) * np.exp(
-            0.12 * self.noise(6)
-        )
+        scene = cover(self.tones(palette), 0.5 + 0.4 * self.noise(16), self.tones(palette))
+        scene = scene * np.exp(0.12 * self.noise(6))
         return cover(scene, 1 - 6 * np.abs(self.noise(20)), self.tones(SOIL), self.uniform(0, 0.8))  # gullies
 
     def pasture(self):
@@ -792,8 +790,7 @@ def read_trajectories(path):
             raise TypeError("not a list of experts, of snapshots, of tensors")
         return trajectories
     except Exception as error:  # torch.load raises whatever the file's bytes happen to trigger
-        raise ReportedError(
-            f"{path} is no trajectory file ({first_line(error)}): remove it and train again") from None
+        raise ReportedError(f"{path} is no trajectory file ({first_line(error)}): remove it, train again") from None
 
 
 def read_record(path):
@@ -804,17 +801,16 @@ def read_record(path):
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ReportedError(
-            f"{path.with_suffix('.json')} is damaged ({error}): remove it with its .pt file and train again") from None
+        raise ReportedError(f"{path.with_suffix('.json')} is damaged ({error}): remove it with its .pt file, "
+                            "train again") from None
 
 
 def check_record(path, record, settings, remedy="--buffer_path"):
     """Raise ReportedError, naming what differs, where a file's record disagrees with `settings` (a dictionary)."""
-    different = [f"{key}={record.get(key)!r} (here {value!r})" for key,
-                 value in settings.items() if record.get(key) != value]
+    different = ", ".join(f"{key}={record.get(key)!r} (here {value!r})"
+                          for key, value in settings.items() if record.get(key) != value)
     if different:
-        raise ReportedError(
-            f"{path} was made with other settings: {', '.join(different)}. Use the same, or another {remedy}")
+        raise ReportedError(f"{path} was made with other settings: {different}. Use the same, or another {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -887,8 +883,7 @@ def accuracy(network, logits, images, labels, batch_size):
     network.eval()
     predicted = []
     for x in images.split(batch_size):
-        padded = F.pad(x,
-                       (0, 0, 0, 0, 0, 0, 0, batch_size - len(x)))  # one shape, so that one compiled graph serves all
+        padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, batch_size - len(x)))  # one shape: one compiled graph serves all
         predicted.append(logits(padded)[: len(x)].argmax(1))
     network.train()
     return (torch.cat(predicted) == labels).double().mean().item()
