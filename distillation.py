@@ -108,9 +108,12 @@ class Experts:
                 utils.check_record(path, record["settings"], settings)
 
     def digest(self):
-        """What tells one set of experts from another: a hash of what is recorded of them."""
-        known = [(record or {}) | {"experts": len(self.trajectories)} for record in self.records.values()]
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        """What tells one set of experts from another: a hash of what is recorded, and of where the first one ends."""
+        known = [len(self.trajectories), *self.records.values()]
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+        for p in self.trajectories[0][-1]:
+            digest.update(p.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def check_epochs(self, max_start_epoch, expert_epochs):
         """Raise ReportedError where the last segment, from T⁺ − 1 to T⁺ − 1 + M, ends after the experts do."""
@@ -127,9 +130,16 @@ class Experts:
         return replace(self, trajectories=trajectories)
 
     def segment(self, expert, epoch, length, device):
-        """θ*_t and θ*_{t+M}, flat (P,), of an expert, t = `epoch`, M = `length`."""
+        """θ*_t and θ*_{t+M}, flat (P,), of an expert, t = `epoch`, M = `length`.
+
+        Raises ReportedError where they are the same: nothing is learned there, and the loss would divide by zero.
+        """
         snapshots = (self.trajectories[expert][t] for t in (epoch, epoch + length))
-        return tuple(torch.cat([p.reshape(-1) for p in snapshot]).to(device) for snapshot in snapshots)
+        start, target = (torch.cat([p.reshape(-1) for p in snapshot]).to(device) for snapshot in snapshots)
+        if torch.equal(start, target):
+            raise ReportedError(f"expert {expert} is the same at epochs {epoch} and {epoch + length}, as MTT's own are "
+                                "when trained on a CPU: train experts again")
+        return start, target
 
 
 def find_experts(folder):
@@ -321,11 +331,11 @@ def start_wandb(folder, config, mode, project, entity):
                 warnings.warn("--wandb_mode=online, but nobody is logged in (wandb login): logging offline")
             mode = "offline"
         run = wandb.init(mode=mode or "online", **options)
-    except wandb.Error as error:
+    except (wandb.Error, ValueError) as error:  # ValueError: of what WANDB_... variables may hold
         warnings.warn(f"wandb cannot go online ({utils.first_line(error)}): logging offline")
         try:
             run = wandb.init(mode="offline", **options)
-        except wandb.Error as error:
+        except (wandb.Error, ValueError) as error:
             raise ReportedError(f"wandb: {utils.first_line(error)} (--wandb_mode=disabled does without)") from None
     if run.settings.mode == "offline":
         print(f"wandb logs offline; to upload: wandb sync {Path(run.dir).parent}")
@@ -336,8 +346,7 @@ def start_wandb(folder, config, mode, project, entity):
 
 def picture_log(image_syn, label_syn, data: Data, title):
     """MTT's wandb keys for the images: histograms, and pictures of the tensors as they are and after inverting ZCA."""
-    histogram = wandb.Histogram(image_syn)
-    log = {"Pixels": histogram, "Synthetic_Pixels": histogram}
+    log = {"Synthetic_Pixels": wandb.Histogram(image_syn)}
     views = {"Synthetic": image_syn} | ({"Reconstructed": data.to_pixels(image_syn)} if data.zca else {})
     for name, images in views.items():
         log[f"{name}_Images"] = wandb.Image(draw_grid(images, label_syn, title))
@@ -462,6 +471,7 @@ def main():
     files = find_experts(utils.expert_folder(args.buffer_path, args.dataset, args.zca, model))[:args.max_files]
     experts = load_experts(files, shapes, args.max_experts)
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
+    experts.check_settings({"val_fraction": args.val_fraction})  # before whitening another split for minutes
     data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
     experts.check_settings(data.settings | {"model": model})
     if args.load_all:
@@ -513,7 +523,9 @@ def main():
                 if is_best or it % 1000 == 0 or it == args.Iteration:
                     for tag in [it, "best"] if is_best else [it]:
                         save_synthetic(folder, tag, images, label_syn, syn_lr, data)
-                    log |= picture_log(images.cpu(), label_syn, data, title) if args.ipc < 50 or args.force_save else {}
+                    log["Pixels"] = wandb.Histogram(images.cpu())
+                    if args.ipc < 50 or args.force_save:
+                        log |= picture_log(images.cpu(), label_syn, data, title)
                 save_results(folder, settings, data, experts, baseline, evaluations)
             if it == args.Iteration:
                 run.log(log, step=it)

@@ -94,12 +94,13 @@ def number(kind, minimum, *, exclusive=False, below=math.inf):
     return parse
 
 
-count, positive, not_negative = number(int, 1), number(float, 0, exclusive=True), number(float, 0)
+count = number(int, 1)
+positive, not_negative = number(float, 0, exclusive=True, below=1e30), number(float, 0, below=1e30)  # fit into float32
 
 
 def expanded_path(text):
     """A folder's path; `~` is expanded here, since shells leave it alone after `--flag=`."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # pathlib's raises an error for an unknown user
 
 
 def strategy(text):
@@ -134,8 +135,8 @@ def add_shared_flags(parser, batch_train):
     add("--seed", type=number(int, 0, below=2**31), default=0, help="everything random follows from it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
-        help="torch.compile the networks that are trained")
-    add_flag(parser, "--amp", help="train networks in bfloat16 (autocast), the student among them")
+        help="torch.compile experts and evaluation networks")
+    add_flag(parser, "--amp", help="experts, student and evaluation networks in bfloat16 (autocast)")
 
 
 def check_device(name):
@@ -314,7 +315,7 @@ def decode_jpegs(paths):
         try:
             with Image.open(paths[index]) as image:
                 pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
-        except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
             raise ReportedError(f"{paths[index]} cannot be decoded ({error}): replace it") from None
         if pixels.shape[:2] != (IM_SIZE, IM_SIZE):
             raise ReportedError(f"{paths[index]} is {pixels.shape[1]}x{pixels.shape[0]} pixels; "
@@ -764,15 +765,23 @@ def expert_folder(buffer_path, dataset, zca, model):
 
 
 def expert_files(folder):
-    """`replay_buffer_0.pt`, `replay_buffer_1.pt`, ... as far as they follow each other."""
-    files = []
-    while (path := folder / f"replay_buffer_{len(files)}.pt").exists():
-        files.append(path)
+    """`replay_buffer_0.pt`, `replay_buffer_1.pt`, ..., none or more. Raises ReportedError where one is missing."""
+    found = len(list(folder.glob("replay_buffer_*.pt")))
+    files = [folder / f"replay_buffer_{number}.pt" for number in range(found)]
+    for path in files:
+        if not path.exists():
+            raise ReportedError(f"{path} is missing, while there are later ones: put it back, or use another "
+                                "--buffer_path")
     return files
 
 
 def write_trajectories(path, trajectories, record):
-    """Write experts as MTT does (list of experts, of snapshots, of tensors), and `record` beside them as JSON."""
+    """Write experts as MTT does (list of experts, of snapshots, of tensors), and `record` beside them as JSON.
+
+    A process killed in between leaves fewer experts in the record than in the file, and never a file without a record.
+    """
+    if not path.exists():
+        write_json(path.with_suffix(".json"), record | {"experts": []})
     write_whole(path, lambda file: torch.save(trajectories, file))
     write_json(path.with_suffix(".json"), record)
 
@@ -780,14 +789,11 @@ def write_trajectories(path, trajectories, record):
 def read_trajectories(path):
     """A trajectory file by memory map: experts' snapshots cost no memory until they are used."""
     try:
-        trajectories = torch.load(path, mmap=True, weights_only=True)
-        level = [trajectories]
-        for _ in ("experts", "snapshots", "tensors"):
-            if not all(isinstance(part, list) and part for part in level):
+        level = [trajectories := torch.load(path, mmap=True, weights_only=True)]
+        for kind in (list, list, list, torch.Tensor):  # all experts, one, a snapshot, a tensor of it
+            if not all(isinstance(part, kind) and len(part) for part in level):
                 raise TypeError("not a list of experts, of snapshots, of tensors")
-            level = [part for parts in level for part in parts]
-        if not all(isinstance(part, torch.Tensor) for part in level):
-            raise TypeError("not a list of experts, of snapshots, of tensors")
+            level = [part for parts in level for part in parts] if kind is list else level
         return trajectories
     except Exception as error:  # torch.load raises whatever the file's bytes happen to trigger
         raise ReportedError(f"{path} is no trajectory file ({first_line(error)}): remove it, train again") from None

@@ -185,7 +185,7 @@ def test_with_50_images_per_class_pictures_are_logged_only_when_forced(run, tmp_
                "--expert_epochs=1", "--max_start_epoch=1", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (row,) = history(next(tmp_path.glob("logged_files/ToySAT/*")))
-    assert "Accuracy/MLP" in row
+    assert "Accuracy/MLP" in row and any(key.startswith("Pixels") for key in row)
     assert any(key.startswith("Synthetic_Images") for key in row) == pictures
 
 
@@ -343,12 +343,13 @@ def test_eval_mode_m_adds_an_mlp_to_the_model(distill):
     assert set(record["evaluations"][0]["scores"]) == {MODEL, "MLP"}
 
 
+@pytest.mark.parametrize("model", ["MLP", "ConvNet", "ResNet18"])
 def test_zca_runs_end_to_end_and_also_saves_and_logs_the_images_as_pixels(run, run_here, tiny_flags, zca_folder,
-                                                                         tmp_path):
-    flags = (*tiny_flags, f"--data_path={zca_folder}", "--zca", "--model=MLP", f"--buffer_path={tmp_path}")
+                                                                         tmp_path, model):
+    flags = (*tiny_flags, f"--data_path={zca_folder}", "--zca", f"--model={model}", f"--buffer_path={tmp_path}")
     done = run_here(EXPERTS_SCRIPT, *flags, "--num_experts=1", "--train_epochs=1", cwd=tmp_path)
     assert done.returncode == 0 and "fitting ZCA" not in done.stdout
-    assert (tmp_path / "EuroSAT" / "MLP" / "replay_buffer_0.pt").is_file()
+    assert (tmp_path / "EuroSAT" / model / "replay_buffer_0.pt").is_file()
     done = run(SCRIPT, *flags, "--Iteration=1", "--num_eval=1", "--epoch_eval_train=1", "--batch_real=10",
                "--syn_steps=2", "--expert_epochs=1", "--max_start_epoch=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -426,6 +427,12 @@ def test_a_segment_joins_two_snapshots_of_one_expert():
                     for expert in range(2)]
     start, target = Experts(trajectories, [], 4).segment(1, 1, 3, "cpu")
     assert start.tolist() == [11, 11, 11, 11, -1] and target.tolist() == [14, 14, 14, 14, -1]
+
+
+def test_a_segment_without_distance_is_reported():
+    trajectories = [[[torch.ones(2)], [torch.zeros(2)], [torch.ones(2)]]]
+    with pytest.raises(utils.ReportedError, match="expert 0 is the same at epochs 0 and 2"):
+        Experts(trajectories, [], 2).segment(0, 0, 2, "cpu")
 
 
 def test_the_validation_set_chooses_the_best_iteration_and_the_test_set_only_without_one():

@@ -57,6 +57,7 @@ FLAGS = [  # scripts, flag, what the line must name
     (BOTH, "--dsa_strategy=foo", ["--dsa_strategy", "foo", "color_crop_cutout_flip_scale_rotate"]),
     (BOTH, "--lr_teacher=0", ["--lr_teacher", "0", "more than 0"]),
     (BOTH, "--lr_teacher=inf", ["--lr_teacher", "inf"]),
+    (BOTH, "--lr_teacher=1e300", ["--lr_teacher", "1e300", "less than 1e+30"]),
     (BOTH, "--val_fraction=1.5", ["--val_fraction", "1.5", "less than 1"]),
     (BOTH, "--seed=-1", ["--seed", "-1", "at least 0"]),
     (BOTH, "--device=nonsense", ["--device=nonsense", "--device=cpu"]),
@@ -67,6 +68,7 @@ FLAGS = [  # scripts, flag, what the line must name
     (EXPERTS, "--train_epochs=two", ["--train_epochs", "two", "whole number"]),
     (EXPERTS, "--mom=1", ["--mom", "1", "less than 1"]),
     (EXPERTS, "--l2=-1", ["--l2", "-1", "at least 0"]),
+    (DISTILLATION, "--buffer_path=~no_such_user/buffers", ["replay_buffer_0.pt", "~no_such_user/buffers"]),
     (DISTILLATION, "--ipc=0", ["--ipc", "0", "at least 1"]),
     (DISTILLATION, "--ipc=x", ["--ipc", "x", "whole number"]),
     (DISTILLATION, "--ipc=17", ["--ipc=17", "16 training images", "AnnualCrop", "lower it"]),
@@ -139,9 +141,10 @@ def test_experts_made_with_zca_are_refused_without(refuse, whitened_experts):
     refuse(DISTILLATION, ["replay_buffer_0.pt", "zca=True (here False)"], f"--buffer_path={whitened_experts}")
 
 
-def test_experts_made_on_other_data_are_refused(refuse, tiny_folder):
-    utils.load_eurosat(tiny_folder)  # decoded before, so that no progress bar comes in between
-    refuse(DISTILLATION, ["digest=", "--buffer_path"], f"--data_path={tiny_folder}", "--val_fraction=0.5")
+def test_experts_made_on_other_data_are_refused(refuse, tmp_path):
+    utils.write_toysat(tmp_path / "other", per_class=20, seed=1)
+    utils.load_eurosat(tmp_path / "other")  # decoded before, so that no progress bar comes in between
+    refuse(DISTILLATION, ["digest=", "--buffer_path"], f"--data_path={tmp_path / 'other'}")
 
 
 def test_experts_of_another_architecture_are_refused(refuse, tiny_buffers, tiny_folder, tmp_path):

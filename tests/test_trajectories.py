@@ -59,10 +59,32 @@ def test_a_file_without_record_has_none(tmp_path):
     assert utils.read_record(tmp_path / "replay_buffer_0.pt") is None
 
 
-def test_expert_files_are_listed_in_order_up_to_the_first_gap(tmp_path):
-    for number in (0, 1, 2, 4, 10):
+def test_expert_files_are_listed_in_order_and_a_gap_is_reported(tmp_path):
+    assert utils.expert_files(tmp_path) == utils.expert_files(tmp_path / "none") == []
+    for number in range(12):
         (tmp_path / f"replay_buffer_{number}.pt").touch()
-    assert [path.name for path in utils.expert_files(tmp_path)] == [f"replay_buffer_{n}.pt" for n in (0, 1, 2)]
+    assert utils.expert_files(tmp_path) == [tmp_path / f"replay_buffer_{number}.pt" for number in range(12)]
+    (tmp_path / "replay_buffer_3.pt").unlink()
+    with pytest.raises(ReportedError, match=r"replay_buffer_3\.pt is missing"):
+        utils.expert_files(tmp_path)
+
+
+def test_a_writer_killed_in_between_leaves_no_expert_without_a_record(tmp_path, monkeypatch):
+    path, experts = tmp_path / "replay_buffer_0.pt", [[[torch.zeros(1)], [torch.ones(1)]]]
+    record = {"settings": {}, "training": {}, "experts": [{"seed": 0}]}
+    write_json = utils.write_json
+
+    def killed_before_the_end(path, content):
+        if not content["experts"]:
+            write_json(path, content)
+
+    for experts_recorded in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(utils, "write_json", killed_before_the_end)
+            utils.write_trajectories(path, experts, record)
+        assert len(utils.read_record(path)["experts"]) == experts_recorded
+        utils.write_trajectories(path, experts, record)
+        assert utils.read_record(path)["experts"] == record["experts"]
 
 
 class Foreign:
