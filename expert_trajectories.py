@@ -7,6 +7,8 @@ writes BUF/EuroSAT/ConvNet/replay_buffer_0.pt, ..., ten experts in each: lists o
 MTT's `buffer.py` does. Beside each file, a .json records what the experts were trained on and how, and how well they
 did. Every expert is saved as soon as it is trained. Run again, the command adds those that are missing: expert k
 depends on seed + k and nothing else.
+
+With --amp on one core of an AMD EPYC, eight epochs of EuroSAT take ConvNetW32 four minutes, and ConvNet half an hour.
 """
 
 import time
