@@ -1,5 +1,5 @@
 # make quickstart   both scripts on ToySAT, the drawn stand-in for EuroSAT: about 5 minutes on 2 CPU cores
-# make test         the tests: about 6 minutes on 2 CPU cores
+# make test         the tests: about 7 minutes on 2 CPU cores
 #
 # Both first make a virtual environment in .venv from requirements.txt, once. PYTHON chooses the interpreter (3.10 to 3.13).
 
