@@ -465,6 +465,7 @@ def summary(data: Data, experts: Experts, baseline, evaluations: Evaluations, nu
 def main():
     args = parse_args()
     device = utils.check_device(args.device)
+    args.amp = utils.check_amp(args.amp, device)
     model = utils.ALIASES.get(args.model, args.model)
     pool = list(dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[args.eval_mode]))
 

@@ -79,6 +79,7 @@ def read_group(folder, settings, save_interval):
 def main():
     args = parse_args()
     device = utils.check_device(args.device)
+    args.amp = utils.check_amp(args.amp, device)
     utils.initial_network(args.model, utils.make_generator(0), device)  # before the data: refuses unknown names
     data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
     prepare = utils.make_prepare(args.dsa, args.dsa_strategy)

@@ -149,6 +149,24 @@ def check_device(name):
         raise ReportedError(f"--device={name} cannot be used ({first_line(error)}): try --device=cpu") from None
 
 
+def has_bfloat16(device):
+    """Whether `device` computes in bfloat16 by itself.
+
+    PyTorch convolves in bfloat16 by plain loops on x86 processors without AVX-512: ten times slower than in float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_amp(amp, device):
+    """`--amp` where `device` has bfloat16; elsewhere False, with a warning."""
+    if amp and not has_bfloat16(device):
+        warnings.warn(f"--amp: this {device.type} does not compute in bfloat16; going on in float32")
+        return False
+    return amp
+
+
 def make_generator(*key):
     """A CPU generator whose stream follows from `key` (numbers and words) alone.
 

@@ -18,6 +18,14 @@ sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402  (found through the line above)
 
 
+def pytest_collection_modifyitems(items):
+    """Skip tests marked `bfloat16` where the processor lacks it."""
+    if not utils.has_bfloat16(torch.device("cpu")):
+        for item in items:
+            if item.get_closest_marker("bfloat16"):
+                item.add_marker(pytest.mark.skip(reason="this processor does not compute in bfloat16"))
+
+
 @pytest.fixture(scope="session")
 def golden():
     """A function that reads one of the reference files: `golden("unroll")`."""

@@ -214,13 +214,21 @@ def test_load_all_changes_no_bit(whole_run, distill):
     assert same_images(folder, again) and course(record) == course(record_again)
 
 
-def test_compilation_and_bfloat16_change_the_course_of_a_run_only_a_little(whole_run, run, cheap_flags, tmp_path):
-    flags = ("--compile", "--amp", "--wandb_mode=disabled")
-    done = run(SCRIPT, *cheap_flags, *LEARNING, *flags, cwd=tmp_path)
+@pytest.mark.parametrize("flags", [["--compile"], pytest.param(["--compile", "--amp"], marks=pytest.mark.bfloat16)])
+def test_compilation_and_bfloat16_change_a_run_only_a_little(flags, whole_run, run, cheap_flags, tmp_path):
+    done = run(SCRIPT, *cheap_flags, *LEARNING, *flags, "--wandb_mode=disabled", cwd=tmp_path)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     losses, others = ([row["loss"] for row in record["evaluations"][1:]]
                       for record in (whole_run[2], results(tmp_path)[1]))
-    assert losses != others and losses == pytest.approx(others, rel=0.02)
+    assert losses == pytest.approx(others, rel=0.02)
+    assert (losses == others) == ("--amp" not in flags)  # only evaluation networks are compiled
+
+
+def test_without_bfloat16_a_warning_says_so_and_the_run_is_that_of_float32(whole_run, distill, monkeypatch):
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match="--amp: this cpu does not compute in bfloat16; going on in float32"):
+        again, record = distill(*LEARNING, "--amp")
+    assert same_images(whole_run[1], again) and record["settings"]["amp"] is False
 
 
 def test_another_seed_gives_other_images(whole_run, distill):

@@ -128,10 +128,17 @@ def test_training_follows_the_learning_rate(train, usual):
     assert torch.equal(train("--lr_teacher=1e-20")[5], usual[0])
 
 
+@pytest.mark.bfloat16
 def test_bfloat16_gives_nearly_the_same_experts(train, usual):
     change = train("--amp") - usual[0]
     assert not torch.equal(change[5], usual[5] - usual[0])
     assert torch.nn.functional.cosine_similarity(change[1], usual[1] - usual[0], dim=0) > 0.98
+
+
+def test_without_bfloat16_a_warning_says_so_and_experts_are_those_of_float32(train, usual, monkeypatch):
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match="--amp: this cpu does not compute in bfloat16; going on in float32"):
+        assert torch.equal(train("--amp"), usual)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

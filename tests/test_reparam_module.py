@@ -98,6 +98,7 @@ def test_a_vector_of_another_length_is_refused(extra):
         student(torch.randn(1, 3, 16, 16), torch.zeros(student.num_params + extra))
 
 
+@pytest.mark.bfloat16
 def test_bfloat16_gives_nearly_the_same_gradients():
     network = utils.initial_network("ConvNetW32", utils.make_generator(0), "cpu")
     start = torch.cat([p.detach().flatten() for p in network.parameters()])
