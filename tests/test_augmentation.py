@@ -9,6 +9,10 @@ import utils
 
 GROUPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
+# Float32 rounds positions between pixels, in its own way on each processor: the reference is up to 3e-5 away from what
+# float64 gives, and two processors up to twice that from each other.
+ROUNDING = {"rtol": 1e-5, "atol": 6e-5}
+
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
@@ -28,14 +32,14 @@ def test_each_group_equals_the_reference(golden, group, seed):
     reference, (draw, apply) = golden("augmentation"), utils.AUGMENTATIONS[group]
     x = reference["dsa_input"]
     out = apply(x, *draw(len(x), 64, seeded(seed)))
-    torch.testing.assert_close(out[[0, 3]], reference[f"dsa_{group}_seed{seed}"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[[0, 3]], reference[f"dsa_{group}_seed{seed}"], **ROUNDING)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_whole_strategy_equals_the_reference(golden, seed):
     reference = golden("augmentation")
     out = utils.diff_augment(reference["dsa_input"], utils.DSA_STRATEGY, seeded(seed))
-    torch.testing.assert_close(out[[2]], reference[f"dsa_strategy_seed{seed}"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[[2]], reference[f"dsa_strategy_seed{seed}"], **ROUNDING)
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -26,7 +26,7 @@ def test_all_images_load_and_the_cache_is_much_faster():
     start = time.time()
     again = utils.load_eurosat(Path(EUROSAT_PATH))
     again_seconds = time.time() - start
-    assert again_seconds < 1 and again_seconds < first / 5  # the first takes 10 s where nothing else runs
+    assert again_seconds < first / 10  # on two idle cores 0.2 s and 8 s; a busy machine takes longer for both
     assert again[2] == digest and torch.equal(again[0][::1000], images[::1000])
 
     parts = utils.split_dataset(labels, val_fraction=0)
