@@ -110,8 +110,10 @@ class Experts:
                 utils.check_record(path, record["settings"], settings)
 
     def digest(self):
-        """What tells one set of experts from another: a hash of what is recorded, and of where the first one ends."""
-        known = [len(self.trajectories), *self.records.values()]
+        """What tells one set of experts from another: a hash of settings, losses, and of where the first one ends."""
+        known = [len(self.trajectories)]
+        for record in filter(None, self.records.values()):
+            known += [record["settings"], record["training"], [expert["loss"] for expert in record["experts"]]]
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
         for p in self.trajectories[0][-1]:
             digest.update(p.numpy().tobytes())
@@ -257,7 +259,8 @@ def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, 
         generator = utils.make_generator("evaluation", *key, model, index)
         network = utils.initial_network(model, generator, images.device)
         logits = runner(network)
-        utils.evaluate_synset(network, logits, images, labels, syn_lr, epochs, batch_train, prepare, generator)
+        name = f"evaluation {index + 1}/{len(training_sets)}, {model}"
+        utils.evaluate_synset(network, logits, images, labels, syn_lr, epochs, batch_train, prepare, generator, name)
         if len(data.val[1]):
             scores.val.append(utils.accuracy(network, logits, *data.val, batch_real))
         scores.test.append(utils.accuracy(network, logits, *data.test, batch_real))
@@ -312,9 +315,9 @@ def save_picture(folder, name, picture, **options):
 
 def save_animation(folder):
     """`animation.gif` of the run's grids, from the first iteration to the last."""
-    grids = [Image.open(path).convert("RGB") for path in sorted(folder.glob("grid_*.png"))]
-    first, *others = grids
-    save_picture(folder, "animation.gif", first, save_all=True, append_images=others,
+    first, *others = sorted(folder.glob("grid_*.png"))
+    frames = (Image.open(path).convert("RGB") for path in others)  # opened one by one: with many images each is large
+    save_picture(folder, "animation.gif", Image.open(first).convert("RGB"), save_all=True, append_images=frames,
                  duration=[200] * len(others) + [2000], loop=0)
 
 
@@ -376,8 +379,8 @@ def run_folder(parent, name, settings):
     results = folder / "results.json"
     if results.exists():
         try:
-            record = json.loads(results.read_text())["settings"]
-        except (ValueError, KeyError, TypeError) as error:
+            record = utils.read_json(results, settings=dict)["settings"]
+        except ValueError as error:
             raise ReportedError(f"{results} is damaged ({error}): remove it, or use another --run_name") from None
         utils.check_record(folder, record, settings, "--run_name")
     return folder
@@ -429,11 +432,11 @@ def check_progress(iteration, expert, start_epoch, loss, syn_lr, image_syn):
             f"α {syn_lr:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps; what was saved is kept")
 
 
-def save_results(folder, settings, data: Data, experts: Experts, baseline, evaluations: Evaluations):
+def save_results(folder, settings, data: Data, experts: Experts, baselines, evaluations: Evaluations):
     """Write results.json: settings, versions, every evaluation's accuracies, and what they are compared with."""
 
-    def plain(scores):
-        return {network: vars(score) for network, score in scores.items()}
+    def plain(rows):
+        return [row | {"scores": {network: vars(score) for network, score in row["scores"].items()}} for row in rows]
 
     results = {
         "settings": settings,
@@ -442,45 +445,44 @@ def save_results(folder, settings, data: Data, experts: Experts, baseline, evalu
         "versions": utils.versions(),
         "threads": torch.get_num_threads(),
         "best_iteration": evaluations.best["iteration"],
-        "evaluations": [row | {"scores": plain(row["scores"])} for row in evaluations.rows],
-        "random_real": plain(baseline),
+        "evaluations": plain(evaluations.rows),
+        "random_real": plain(baselines),
         "experts_test_accuracy": experts.test_accuracies,
     }
     utils.write_json(folder / "results.json", results)
 
 
-def summary(data: Data, experts: Experts, baseline, evaluations: Evaluations, num_images, folder):
+def summary(data: Data, experts: Experts, baselines, evaluations: Evaluations, num_images, folder):
     """The closing table: what networks reach on random real images, on the distilled ones, on all training images."""
     best = evaluations.best
-    rows = [("trained on", "network", f"{'validation':^16}   {'test':^16}")]
-    rows += [(f"{num_images} random real images", network, scores) for network, scores in baseline.items()]
-    rows += [(f"{num_images} distilled images", network, scores) for network, scores in best["scores"].items()]
+    rows = [("trained on", "α", "network", f"{'validation':^16}   {'test':^16}")]
+    for kind, evaluation in [*(("random real", baseline) for baseline in baselines), ("distilled", best)]:
+        rows += [(f"{num_images} {kind} images", f"{evaluation['syn_lr']:.5f}", network, scores)
+                 for network, scores in evaluation["scores"].items()]
     if experts.test_accuracies:
-        accuracies = experts.test_accuracies
-        rows.append((f"all {len(data.train[1])} training images", "(experts)", Scores([], accuracies)))
-    table = "\n".join(f"{trained_on:30} {network:12} {scores}" for trained_on, network, scores in rows)
-    return f"\nBest iteration: {best['iteration']}, α = {best['syn_lr']:.5f}\n{table}\nFiles: {folder}"
+        rows.append((f"all {len(data.train[1])} training images", "", "(experts)", Scores([], experts.test_accuracies)))
+    table = "\n".join(f"{images:27} {alpha:>8}   {network:12} {scores}" for images, alpha, network, scores in rows)
+    return f"\nBest iteration: {best['iteration']}\n{table}\nFiles: {folder}"
 
 
 def main():
     args = parse_args()
     device = utils.check_device(args.device)
     args.amp = utils.check_amp(args.amp, device)
-    model = utils.ALIASES.get(args.model, args.model)
-    pool = list(dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[args.eval_mode]))
+    pool = list(dict.fromkeys(args.model if name == "model" else name for name in EVAL_POOLS[args.eval_mode]))
 
-    network = utils.initial_network(model, utils.make_generator(0), device)  # before the data: refuses unknown names
+    network = utils.initial_network(args.model, utils.make_generator(0), device)  # refuses unknown names before loading
     student, shapes = ReparamModule(network, args.amp), [p.shape for p in network.parameters()]
-    files = find_experts(utils.expert_folder(args.buffer_path, args.dataset, args.zca, model))[:args.max_files]
+    files = find_experts(utils.expert_folder(args.buffer_path, args.dataset, args.zca, args.model))[:args.max_files]
     experts = load_experts(files, shapes, args.max_experts)
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
     experts.check_settings({"val_fraction": args.val_fraction})  # before whitening another split for minutes
     data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
-    experts.check_settings(data.settings | {"model": model})
-    if args.load_all:
-        experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
+    experts.check_settings(data.settings | {"model": args.model})
     settings = run_settings(vars(args)) | {"data": data.settings["digest"], "experts": experts.digest()}
     folder = run_folder(args.log_dir / args.dataset, args.run_name, settings)
+    if args.load_all:
+        experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
 
     random = utils.make_generator("distillation", args.seed)
     canvas_size = args.canvas_size if args.texture else 1
@@ -490,7 +492,7 @@ def main():
     optimizer_img = torch.optim.SGD([image_syn], lr=args.lr_img, momentum=0.5)
     optimizer_lr = torch.optim.SGD([syn_lr], lr=args.lr_lr, momentum=0.5)
 
-    augment = utils.make_prepare(args.dsa, args.dsa_strategy)
+    augment = utils.make_augment(args.dsa, args.dsa_strategy)
     windows = args.canvas_samples if args.texture else 0
     prepare_student = make_prepare(augment if args.dsa and not args.no_aug else None, windows)
     prepare_eval = make_prepare(augment, windows)
@@ -504,12 +506,15 @@ def main():
     draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
     real_sets = [random_real(data, args.ipc, draw) for draw in draws]
 
+    def evaluate_random_real(alpha):
+        return {"syn_lr": alpha, "scores": evaluate_pool(real_sets, alpha, augment, "random real")}
+
     folder.mkdir(parents=True, exist_ok=True)
     run = start_wandb(folder, settings, args.wandb_mode, args.wandb_project, args.wandb_entity)
     print(f"{len(label_syn)} synthetic images, {len(experts.trajectories)} experts; results in {folder}")
     print(f"{'iteration':>9} {'network':12} {'validation':^16}   {'test':^16}   {'α':>8}  {'loss':>6}", flush=True)
     start, losses, evaluations = time.time(), [], Evaluations()
-    baseline = evaluate_pool(real_sets, args.lr_teacher, augment, "random real")
+    baselines = [evaluate_random_real(args.lr_teacher)]
     with tqdm(total=args.Iteration, mininterval=1) as bar:
         for it in range(args.Iteration + 1):
             log = {"Progress": it, "Synthetic_LR": syn_lr.item()}
@@ -521,7 +526,7 @@ def main():
                 bar.write(evaluations.table())
                 log |= evaluations.log()
                 losses.clear()
-                title = f"{args.dataset}, {model}, iteration {it}"
+                title = f"{args.dataset}, {args.model}, iteration {it}"
                 save_picture(folder, f"grid_{it:06d}.png", draw_grid(clip(data.to_pixels(images)), label_syn, title))
                 if is_best or it % 1000 == 0 or it == args.Iteration:
                     for tag in [it, "best"] if is_best else [it]:
@@ -529,7 +534,7 @@ def main():
                     log["Pixels"] = wandb.Histogram(images.cpu())
                     if args.ipc < 50 or args.force_save:
                         log |= picture_log(images.cpu(), label_syn, data, title)
-                save_results(folder, settings, data, experts, baseline, evaluations)
+                save_results(folder, settings, data, experts, baselines, evaluations)
             if it == args.Iteration:
                 run.log(log, step=it)
                 break
@@ -546,8 +551,11 @@ def main():
             run.log(log | {"Grand_Loss": losses[-1], "Start_Epoch": start_epoch}, step=it)
             bar.set_postfix(loss=f"{losses[-1]:.4f}", α=f"{syn_lr.item():.5f}", refresh=False)
             bar.update()
+    if evaluations.best["iteration"]:  # how much of the gain is due to the learned α, and how much to the images
+        baselines.append(evaluate_random_real(evaluations.best["syn_lr"]))
+        save_results(folder, settings, data, experts, baselines, evaluations)
     save_animation(folder)
-    print(summary(data, experts, baseline, evaluations, len(label_syn), folder), flush=True)
+    print(summary(data, experts, baselines, evaluations, len(label_syn), folder), flush=True)
     run.finish()
 
 

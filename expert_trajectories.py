@@ -38,12 +38,12 @@ def snapshot(network):
     return [p.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for p in network.parameters()]
 
 
-def train_expert(network, logits, data: Data, prepare, generator, bar, *, epochs, batch_size, lr, mom, l2, decay):
+def train_expert(network, logits, data: Data, augment, generator, bar, *, epochs, batch_size, lr, mom, l2, decay):
     """Train `network` on the real images: its `epochs` + 1 snapshots, and what it reached after each epoch."""
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=mom, weight_decay=l2)
     trajectory, curves = [snapshot(network)], {"loss": [], "train_accuracy": [], "test_accuracy": []}
     for epoch in range(epochs):
-        loss, train_accuracy = utils.train_epoch(logits, optimizer, *data.train, batch_size, prepare, generator, bar)
+        loss, train_accuracy = utils.train_epoch(logits, optimizer, *data.train, batch_size, augment, generator, bar)
         if not loss.isfinite():
             raise ReportedError(f"an expert diverged in epoch {epoch + 1}: lower --lr_teacher={lr} or --mom={mom}")
         test_accuracy = utils.accuracy(network, logits, *data.test, batch_size)
@@ -82,12 +82,12 @@ def main():
     args.amp = utils.check_amp(args.amp, device)
     utils.initial_network(args.model, utils.make_generator(0), device)  # before the data: refuses unknown names
     data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
-    prepare = utils.make_prepare(args.dsa, args.dsa_strategy)
+    augment = utils.make_augment(args.dsa, args.dsa_strategy)
     runner = utils.Runner(args.compile, args.amp)
 
     hyperparameters = {"epochs": args.train_epochs, "batch_size": args.batch_train, "lr": args.lr_teacher,
                        "mom": args.mom, "l2": args.l2, "decay": args.decay}
-    settings = data.settings | {"model": utils.ALIASES.get(args.model, args.model)}
+    settings = data.settings | {"model": args.model}
     training = hyperparameters | {"dsa": args.dsa and args.dsa_strategy, "amp": args.amp, "seed": args.seed}
     folder = utils.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     file, done, trajectories, experts = read_group(folder, settings | training, args.save_interval)
@@ -101,14 +101,16 @@ def main():
         generator, start = utils.make_generator("expert", args.seed + k), time.time()
         network = utils.initial_network(args.model, generator, device)
         with tqdm(total=args.train_epochs * batches, desc=f"expert {k}", unit="batches", mininterval=1) as bar:
-            trajectory, curves = train_expert(network, runner(network), data, prepare, generator, bar,
+            trajectory, curves = train_expert(network, runner(network), data, augment, generator, bar,
                                               **hyperparameters)
         trajectories.append(trajectory)
         experts.append({"seed": args.seed + k, "seconds": round(time.time() - start, 1)} | curves)
         record = {"settings": settings, "training": training, "versions": utils.versions(), "experts": experts}
-        utils.write_trajectories(folder / f"replay_buffer_{file}.pt", trajectories, record)
+        path = folder / f"replay_buffer_{file}.pt"
+        utils.write_trajectories(path, trajectories, record)
+        trajectories = utils.read_trajectories(path)  # by memory map, to have no more than one expert in memory
         if len(trajectories) == args.save_interval or k == args.num_experts - 1:
-            print(f"saved {folder / f'replay_buffer_{file}.pt'}: {len(experts)} experts")
+            print(f"saved {path}: {len(experts)} experts")
         if len(trajectories) == args.save_interval:
             file, trajectories, experts = file + 1, [], []
 

@@ -123,7 +123,7 @@ def add_shared_flags(parser, batch_train):
         help="EuroSAT, or ToySAT: a drawn stand-in for trying things out")
     add("--data_path", type=expanded_path, default=Path("data"), help="folder of the data set and of its caches")
     add("--buffer_path", type=expanded_path, default=Path("buffers"), help="folder of the expert trajectories")
-    add("--model", default="ConvNet",
+    add("--model", type=lambda name: ALIASES.get(name, name), default="ConvNet",
         help="network: ConvNet (and variants such as ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16")
     add("--lr_teacher", type=positive, default=0.01, help="experts' learning rate; for distillation, where α starts")
     add("--batch_train", type=count, default=batch_train, help="images per batch when training a network")
@@ -200,10 +200,20 @@ def write_json(path, content):
     write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
-def read_cache(path):
-    """The dictionary that `write_cache` wrote, its tensors mapped into memory; None where there is no such file."""
+def read_json(path, **kinds):
+    """The entries `kinds` (key=type) of a JSON object in a file. Raises ValueError where they are not there."""
+    content = json.loads(path.read_text())
+    for key, kind in kinds.items():
+        if not (isinstance(content, dict) and isinstance(content.get(key), kind)):
+            raise ValueError(f"it has no {key!r} of type {kind.__name__}")
+    return {key: content[key] for key in kinds}
+
+
+def read_cache(path, *keys):
+    """The entries `keys` that `write_cache` wrote, tensors mapped into memory; None where there is no such file."""
     try:
-        return dict(torch.load(path, mmap=True, weights_only=True))
+        content = dict(torch.load(path, mmap=True, weights_only=True))
+        return {key: content[key] for key in keys}
     except FileNotFoundError:
         return None
     except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
@@ -243,8 +253,8 @@ def load_eurosat(data_path):
     stats = [(path, (stat := os.stat(folder / path)).st_size, stat.st_mtime_ns) for path in paths]
     fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
     cache = data_path / EUROSAT_CACHE
-    cached = read_cache(cache)
-    if cached and cached.get("fingerprint") == fingerprint:
+    cached = read_cache(cache, "fingerprint", "images", "labels", "digest")
+    if cached and cached["fingerprint"] == fingerprint:
         return cached["images"], cached["labels"], cached["digest"]
     images = decode_jpegs([folder / path for path in paths])
     made = {"fingerprint": fingerprint, "images": images, "labels": labels, "digest": data_digest(images, labels)}
@@ -303,7 +313,7 @@ def unpack_eurosat(archive):
             with zipfile.ZipFile(archive) as zipped:
                 for member in tqdm(zipped.infolist(), desc=f"unpacking {archive.name}"):
                     *_, folder, name = ("", "", *member.filename.split("/"))
-                    if folder in CLASS_NAMES and name.lower().endswith((".jpg", ".jpeg")):
+                    if folder in CLASS_NAMES and is_jpeg(name):
                         path = unpacked / folder / name
                         path.parent.mkdir(exist_ok=True)
                         path.write_bytes(zipped.read(member))
@@ -314,12 +324,16 @@ def unpack_eurosat(archive):
         os.replace(unpacked, archive.parent / "2750")  # in one step, so that no part of it is ever taken for the whole
 
 
+def is_jpeg(name):
+    """Whether a file of this name is an image; macOS leaves `._*.jpg` beside it, which are none."""
+    return name.lower().endswith((".jpg", ".jpeg")) and not name.startswith(".")
+
+
 def list_jpegs(folder, name):
     """Sorted paths, relative to `folder`, of the JPEGs of class `name`."""
     if not (folder / name).is_dir():
         raise ReportedError(f"class folder {folder / name} is missing: EuroSAT has {len(CLASS_NAMES)}, unpack it again")
-    files = sorted(f"{name}/{entry.name}" for entry in os.scandir(folder / name)
-                   if entry.name.lower().endswith((".jpg", ".jpeg")))
+    files = sorted(f"{name}/{entry.name}" for entry in os.scandir(folder / name) if is_jpeg(entry.name))
     if not files:
         raise ReportedError(f"class folder {folder / name} holds no JPEG: unpack EuroSAT again")
     return files
@@ -521,7 +535,9 @@ def draw_toysat(per_class: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def load_toysat(data_path, per_class=300):
     """ToySAT, a drawn stand-in for EuroSAT, in the form of `load_eurosat`; `data_path` is not read."""
     images, labels = map(torch.from_numpy, draw_toysat(per_class))
-    return images, labels, f"drawn-{per_class}"  # not of the pixels: a sine's last bit differs between processors
+    # A version instead of a digest, since a sine's last bit differs between processors. Raise it with every change of
+    # the drawing, so that experts and caches made before are not taken for those of the new images.
+    return images, labels, f"toysat-1-{per_class}"
 
 
 def write_toysat(folder, per_class, seed=0):
@@ -534,8 +550,8 @@ def write_toysat(folder, per_class, seed=0):
 
 
 DATASETS = {  # name: (loader, channel means, channel standard deviations), pixels in [0, 1]
-    "EuroSAT": (load_eurosat, (0.344, 0.380, 0.407), (0.202, 0.136, 0.115)),
-    "ToySAT": (load_toysat, (0.344, 0.380, 0.407), (0.202, 0.136, 0.115)),
+    "EuroSAT": (load_eurosat, [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]),
+    "ToySAT": (load_toysat, [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]),  # drawn to resemble EuroSAT in these, too
 }
 
 
@@ -588,10 +604,10 @@ def whiten(images, train, cache):
     back by memory map.
     """
     zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
-    if cached := read_cache(cache):
-        zca.mean_vector, zca.transform_matrix, zca.transform_inv = map(cached.get, ("mean", "transform", "inverse"))
+    if cached := read_cache(cache, "images", "mean", "transform", "inverse"):
+        images, zca.mean_vector, zca.transform_matrix, zca.transform_inv = cached.values()
         zca.fitted = True
-        return cached["images"], zca
+        return images, zca
     print(f"fitting ZCA on {len(train)} images; kept in {cache}", flush=True)
     zca = fit_zca(images[train].float().div_(255))
     white = torch.empty(images.shape)
@@ -611,14 +627,13 @@ class Data:
     test: tuple[torch.Tensor, torch.Tensor]
     settings: dict  # what experts and distillation must have in common
     zca: kornia.enhance.ZCAWhitening | None
-    mean: tuple
-    std: tuple
 
     def to_pixels(self, images):
         """Undo the preprocessing: images (B, 3, H, W) on the CPU, [0, 1] where they are real ones."""
         if self.zca:
             return self.zca.inverse_transform(images.cpu())
-        return images.cpu() * torch.tensor(self.std).view(3, 1, 1) + torch.tensor(self.mean).view(3, 1, 1)
+        shift, scale = (torch.tensor(self.settings[name]).view(3, 1, 1) for name in ("mean", "std"))
+        return images.cpu() * scale + shift
 
 
 def load_data(dataset, data_path, zca, val_fraction, device):
@@ -632,12 +647,12 @@ def load_data(dataset, data_path, zca, val_fraction, device):
         key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
         images, whitening = whiten(images, split.train, data_path / f"zca_{key}.pt")
     else:
-        settings["mean"], settings["std"] = list(mean), list(std)
+        settings |= {"mean": mean, "std": std}
         shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         images, whitening = images.float().div_(255).sub_(shift).div_(scale), None
     parts = [(images[indices].to(device), labels[indices].to(device))
              for indices in (split.train, split.val, split.test)]
-    return Data(*parts, settings, whitening, mean, std)
+    return Data(*parts, settings, whitening)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -759,7 +774,8 @@ def plain_augment(x, generator):
     angles = torch.randint(-45, 45, (batch,), generator=generator).tolist()
 
     index = torch.arange(size)
-    centred = (2 * index + resized - size) // 2  # position in the resized image, which is centred
+    side = resized.amax(0).clamp(min=size)  # of the square on which the resized image is centred, then cut out
+    centred = index + (side - size) // 2 - (side - resized) // 2  # position in the resized image
     source = torch.where((centred >= 0) & (centred < resized), centred * size // resized, -1)
     mean = x.mean(dim=(0, 2, 3), keepdim=True)
     cropped = window(x, *(index + shift).to(x.device), fill=mean)
@@ -767,9 +783,9 @@ def plain_augment(x, generator):
     kind = kind.to(x.device)[:, :, None, None]
     x = torch.where(kind == 0, cropped, torch.where(kind == 1, scaled, x))
     for i in torch.nonzero(kind.flatten() == 2).flatten().tolist():  # SciPy rotates one image at a time
-        rotated = scipy.ndimage.rotate(x[i].cpu().numpy(), angles[i], axes=(-2, -1), reshape=False,
-                                       cval=float(mean.mean()))
-        x[i] = torch.from_numpy(rotated)
+        rotated = scipy.ndimage.rotate(x[i].cpu().numpy(), angles[i], axes=(-2, -1), cval=float(mean.mean()))
+        top, left = ((length - size) // 2 for length in rotated.shape[1:])
+        x[i] = torch.from_numpy(rotated[:, top:top + size, left:left + size])
     return x
 
 
@@ -779,12 +795,12 @@ def plain_augment(x, generator):
 
 def expert_folder(buffer_path, dataset, zca, model):
     """Where the trajectory files of these experts lie, as in MTT."""
-    return buffer_path / (dataset if zca else f"{dataset}_NO_ZCA") / ALIASES.get(model, model)
+    return buffer_path / (dataset if zca else f"{dataset}_NO_ZCA") / model
 
 
 def expert_files(folder):
     """`replay_buffer_0.pt`, `replay_buffer_1.pt`, ..., none or more. Raises ReportedError where one is missing."""
-    found = len(list(folder.glob("replay_buffer_*.pt")))
+    found = sum(path.stem.removeprefix("replay_buffer_").isdecimal() for path in folder.glob("replay_buffer_*.pt"))
     files = [folder / f"replay_buffer_{number}.pt" for number in range(found)]
     for path in files:
         if not path.exists():
@@ -820,11 +836,10 @@ def read_trajectories(path):
 def read_record(path):
     """The record beside a trajectory file; None where there is none, as with MTT's own files."""
     try:
-        record = json.loads(path.with_suffix(".json").read_text())
-        return {key: record[key] for key in ("settings", "training", "experts")}
+        return read_json(path.with_suffix(".json"), settings=dict, training=dict, experts=list)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ReportedError(f"{path.with_suffix('.json')} is damaged ({error}): remove it with its .pt file, "
                             "train again") from None
 
@@ -882,7 +897,7 @@ class Runner:
 def train_epoch(logits, optimizer, images, labels, batch_size, prepare, generator, bar=None):
     """One epoch over `images` (N, C, H, W) in a random order: mean loss and accuracy, scalars on its device.
 
-    `prepare(x, y, generator)` augments a batch. `bar`, a tqdm, advances by a step for each batch.
+    `prepare(x, y, generator)` makes of a batch what the network sees. `bar`, a tqdm, advances with each batch.
     """
     loss_sum, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
     seen = 0
@@ -913,21 +928,21 @@ def accuracy(network, logits, images, labels, batch_size):
     return (torch.cat(predicted) == labels).double().mean().item()
 
 
-def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch_size, prepare, generator):
-    """Train a fresh network on a synthetic set, as MTT's evaluation does.
+def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch_size, prepare, generator, name):
+    """Train a fresh network on a synthetic set, as MTT's evaluation does, under a progress bar called `name`.
 
     `epochs` + 1 epochs of SGD at `syn_lr` with momentum 0.9 and weight decay 5e-4; after epoch `epochs // 2 + 1`, a
     tenth of the rate and a fresh optimiser.
     """
     optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr, momentum=0.9, weight_decay=5e-4)
-    for epoch in range(epochs + 1):
+    for epoch in tqdm(range(epochs + 1), desc=name, unit="epochs", mininterval=1, leave=False):
         train_epoch(logits, optimizer, image_syn, label_syn, batch_size, prepare, generator)
         if epoch == epochs // 2 + 1:
             optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr * 0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def make_prepare(dsa, strategy):
-    """`prepare(x, y, generator)` of `train_epoch`: DSA of this `strategy`, or MTT's plain augmentation."""
+def make_augment(dsa, strategy):
+    """A `prepare(x, y, generator)` for `train_epoch`: DSA of this `strategy`, or MTT's plain augmentation."""
     if dsa:
         return lambda x, y, generator: (diff_augment(x, strategy, generator), y)
     return lambda x, y, generator: (plain_augment(x, generator), y)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA starts: bit-identical runs are promised for a CPU
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -1,9 +1,12 @@
 """Augmentation: DSA agrees with MTT's, is differentiable, and follows its generator; so does the plain one."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from torch.nn import functional as F
 
 import utils
 
@@ -77,6 +80,12 @@ def test_augmentation_leaves_the_global_generator_alone():
 # Plain augmentation
 
 
+def centre(image, size=64):
+    """The square of `size` pixels in the middle of (C, H, W), as MTT cuts it."""
+    top, left = (int((length - size) / 2) for length in image.shape[1:])
+    return image[:, top:top + size, left:left + size]
+
+
 def kind_of(image, augmented):
     """Which of the three operations made (C, 64, 64) `augmented` of `image`; None for none of them."""
     inner = augmented[:, 4:60, 4:60]
@@ -86,8 +95,8 @@ def kind_of(image, augmented):
     if torch.isin(augmented, torch.cat([image.flatten(), torch.zeros(1)])).all():  # nearest neighbour: no new values
         return "scale"
     mean = float(image.mean())
-    if any(np.allclose(scipy.ndimage.rotate(image.numpy(), angle, axes=(1, 2), reshape=False, cval=mean), augmented,
-                       atol=1e-4) for angle in range(-45, 45)):
+    if any(np.allclose(centre(scipy.ndimage.rotate(image.numpy(), angle, axes=(1, 2), cval=mean)), augmented, atol=1e-4)
+           for angle in range(-45, 45)):
         return "rotate"
 
 
@@ -103,6 +112,18 @@ def test_plain_augmentation_crops_scales_and_rotates_each_about_as_often(plain):
     kinds = [kind_of(image, out) for out in augmented]
     assert set(kinds) == {"crop", "scale", "rotate"}
     assert min(kinds.count(kind) for kind in set(kinds)) >= 3
+
+
+def test_plain_scales_are_those_of_mtt(plain):
+    image, augmented = plain
+    scales = [out for out in augmented if kind_of(image, out) == "scale"]
+    found = {}  # by size: an image resized to it, on a square with room for the larger of itself and the original
+    for height, width in itertools.product(range(51, 77), repeat=2):
+        side = max(height, width, 64)
+        square, (top, left) = torch.zeros(3, side, side), [int((side - length) / 2) for length in (height, width)]
+        square[:, top:top + height, left:left + width] = F.interpolate(image[None], (height, width))[0]
+        found |= {index: (height, width) for index, out in enumerate(scales) if torch.equal(centre(square), out)}
+    assert len(found) == len(scales) and any(height % 2 or width % 2 for height, width in found.values())
 
 
 def test_plain_augmentation_keeps_shape_and_input_and_is_finite(plain):

@@ -117,6 +117,15 @@ def test_members_of_an_archive_cannot_leave_its_folder(folder, tmp_path, digest)
     assert not list(tmp_path.rglob("evil*"))
 
 
+def test_what_macos_leaves_beside_an_image_is_no_image(folder, tmp_path, digest):
+    archive = pack(folder, tmp_path / "deep" / "EuroSAT.zip", "2750")
+    with zipfile.ZipFile(archive, "a") as zipped:
+        zipped.writestr("__MACOSX/2750/Forest/._Forest_1.jpg", b"attributes")
+    assert load_eurosat(archive.parent)[2] == digest
+    (archive.parent / "2750" / "Forest" / "._Forest_2.jpg").write_bytes(b"attributes")
+    assert load_eurosat(archive.parent)[2] == digest
+
+
 def test_an_archive_beside_an_empty_class_parent_is_unpacked(folder, tmp_path, digest):
     archive = pack(folder, tmp_path / "other" / "EuroSAT.zip", "2750")
     (archive.parent / "2750").mkdir()

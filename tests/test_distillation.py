@@ -123,17 +123,22 @@ def test_results_hold_settings_versions_and_every_evaluation(whole_run):
     assert [row["iteration"] for row in record["evaluations"]] == [0, 1, 2]
     assert record["evaluations"][0]["loss"] is None
     assert all(row["loss"] > 0 and row["syn_lr"] > 0 for row in record["evaluations"][1:])
-    for scores in (*(row["scores"] for row in record["evaluations"]), record["random_real"]):
-        assert all(0 <= value <= 1 for part in ("val", "test") for value in scores[MODEL][part])
+    for row in (*record["evaluations"], *record["random_real"]):
+        assert all(0 <= value <= 1 for part in ("val", "test") for value in row["scores"][MODEL][part])
     val = [row["scores"][MODEL]["val"][0] for row in record["evaluations"]]
     assert record["best_iteration"] == val.index(max(val))
+    best = record["evaluations"][record["best_iteration"]]
+    assert [row["syn_lr"] for row in record["random_real"]] == [1e-5, best["syn_lr"]]
 
 
 def test_a_run_ends_with_a_table_of_real_distilled_and_all_images(whole_run):
-    done, folder, _ = whole_run
+    done, folder, record = whole_run
     lines = done.stdout.splitlines()
-    for start in ("20 random real images", "20 distilled images", "all 160 training images"):
-        assert sum(line.startswith(start) and "%" in line for line in lines) == 1
+    learned = f"{record['evaluations'][record['best_iteration']]['syn_lr']:.5f}"
+    assert learned != "0.00001"
+    for start in ("20 random real images        0.00001", f"20 random real images        {learned}",
+                  f"20 distilled images          {learned}", "all 160 training images"):
+        assert sum(line.startswith(start) and "%" in line for line in lines) == 1, start
     assert folder.name in lines[-1]
 
 
@@ -212,11 +217,14 @@ def test_load_all_changes_no_bit(whole_run, distill):
     _, folder, record = whole_run
     again, record_again = distill(*LEARNING, "--load_all")
     assert same_images(folder, again) and course(record) == course(record_again)
+    assert folder.name == again.name and record["settings"] == record_again["settings"]
 
 
 @pytest.mark.parametrize("flags", [["--compile"], pytest.param(["--compile", "--amp"], marks=pytest.mark.bfloat16)])
 def test_compilation_and_bfloat16_change_a_run_only_a_little(flags, whole_run, run, cheap_flags, tmp_path):
     done = run(SCRIPT, *cheap_flags, *LEARNING, *flags, "--wandb_mode=disabled", cwd=tmp_path)
+    if "torch.compile failed" in done.stderr:
+        pytest.skip("no C++ compiler, or no header files of Python")
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     losses, others = ([row["loss"] for row in record["evaluations"][1:]]
                       for record in (whole_run[2], results(tmp_path)[1]))
@@ -342,7 +350,8 @@ def test_each_eval_mode_trains_its_networks(run_here, tiny_flags, tiny_buffers, 
                     "--max_start_epoch=1", "--wandb_mode=disabled", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     _, record = results(tmp_path)
-    assert set(record["evaluations"][0]["scores"]) == set(record["random_real"]) == set(networks)
+    (random_real,) = record["random_real"]
+    assert set(record["evaluations"][0]["scores"]) == set(random_real["scores"]) == set(networks)
     assert all(len(scores["test"]) == 1 for scores in record["evaluations"][0]["scores"].values())
 
 

@@ -75,7 +75,7 @@ FLAGS = [  # scripts, flag, what the line must name
     (DISTILLATION, "--batch_syn=11", ["--batch_syn=11", "10 synthetic images"]),
     (DISTILLATION, "--lr_img=nan", ["--lr_img", "nan"]),
     (DISTILLATION, "--lr_img=-1", ["--lr_img", "-1", "at least 0"]),
-    (DISTILLATION, "--eval_mode=Z", ["--eval_mode", "Z", "'S'"]),
+    (DISTILLATION, "--eval_mode=Z", ["--eval_mode", "Z", "choose from"]),
     (DISTILLATION, "--pix_init=zeros", ["--pix_init", "zeros", "noise"]),
     (DISTILLATION, "--zca --texture", ["--zca", "--texture", "leave one out"]),
     (DISTILLATION, "--max_start_epoch=3 --expert_epochs=2",
@@ -173,11 +173,12 @@ def test_a_folder_for_results_that_is_a_file_is_refused_before_any_work(refuse, 
     refuse(script, [str(tmp_path / "file")], f"{folder}={tmp_path / 'file'}", *others)
 
 
-def test_a_damaged_results_file_of_the_same_run_is_named(refuse, tmp_path):
+@pytest.mark.parametrize("text", ['{"settings": ', '{"settings": []}', "[]"])
+def test_a_damaged_results_file_of_the_same_run_is_named(refuse, tmp_path, text):
     folder = tmp_path / "logs" / "EuroSAT" / "mine"
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text('{"settings": ')
-    refuse(DISTILLATION, ["results.json"], f"--log_dir={tmp_path / 'logs'}", "--run_name=mine",
+    (folder / "results.json").write_text(text)
+    refuse(DISTILLATION, ["results.json is damaged"], f"--log_dir={tmp_path / 'logs'}", "--run_name=mine",
            "--wandb_mode=disabled", "--Iteration=0")
 
 

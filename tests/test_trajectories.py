@@ -60,6 +60,7 @@ def test_a_file_without_record_has_none(tmp_path):
 
 
 def test_expert_files_are_listed_in_order_and_a_gap_is_reported(tmp_path):
+    (tmp_path / "replay_buffer_0_backup.pt").touch()
     assert utils.expert_files(tmp_path) == utils.expert_files(tmp_path / "none") == []
     for number in range(12):
         (tmp_path / f"replay_buffer_{number}.pt").touch()
@@ -114,8 +115,9 @@ def test_a_truncated_file_is_refused_by_name(buffers, tmp_path):
         utils.read_trajectories(tmp_path / "replay_buffer_0.pt")
 
 
-def test_a_damaged_record_is_refused_by_name(tmp_path):
-    (tmp_path / "replay_buffer_0.json").write_text('{"settings": ')
+@pytest.mark.parametrize("text", ['{"settings": ', "[]", "{}", '{"settings": [], "training": {}, "experts": []}'])
+def test_a_damaged_record_is_refused_by_name(tmp_path, text):
+    (tmp_path / "replay_buffer_0.json").write_text(text)
     with pytest.raises(ReportedError, match=r"replay_buffer_0\.json is damaged"):
         utils.read_record(tmp_path / "replay_buffer_0.pt")
 

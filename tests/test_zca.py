@@ -58,14 +58,21 @@ def test_loading_with_zca_a_second_time_reads_the_cache_and_gives_the_same(zca_f
     assert data.settings["zca"] is True and "mean" not in data.settings
 
 
-def test_a_damaged_zca_cache_is_fitted_again_with_a_warning(tmp_path):
+def foreign(folder):
+    """The bytes of a tensor file that is no cache."""
+    torch.save({"mean": torch.zeros(1)}, folder / "foreign.pt")
+    return (folder / "foreign.pt").read_bytes()
+
+
+def test_a_damaged_or_foreign_zca_cache_is_fitted_again_with_a_warning(tmp_path):
     images = (255 * small_images(50)).byte()
     cache, train = tmp_path / "zca.pt", torch.arange(40)
     first, _ = utils.whiten(images, train, cache)
     assert torch.equal(utils.whiten(images, train, cache)[0], first)
-    cache.write_bytes(cache.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match=r"zca\.pt cannot be read .*it is made anew"):
-        again, zca = utils.whiten(images, train, cache)
-    assert torch.equal(again, first)
+    for content in (cache.read_bytes()[:1000], foreign(tmp_path)):
+        cache.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"zca\.pt cannot be read .*it is made anew"):
+            again, zca = utils.whiten(images, train, cache)
+        assert torch.equal(again, first)
     torch.testing.assert_close(again, utils.fit_zca(images[:40] / 255)(images / 255), rtol=0, atol=1e-5)
     assert zca.fitted
