@@ -392,9 +392,11 @@ class Evaluations:
     def __init__(self):
         self.rows, self.best = [], None
 
-    def add(self, iteration, scores, syn_lr, loss, seconds):
-        """Take an evaluation; `loss` is the mean since the last one, None for the first. True for a new best."""
-        self.rows.append({"iteration": iteration, "syn_lr": syn_lr, "loss": loss, "seconds": seconds, "scores": scores})
+    def add(self, iteration, scores, syn_lr, losses, seconds):
+        """Take an evaluation; `losses` are those since the last one, and their mean is kept. True for a new best."""
+        loss = float(np.mean(losses)) if losses else None  # before the first iteration there is none
+        self.rows.append({"iteration": iteration, "syn_lr": syn_lr, "loss": loss, "seconds": round(seconds, 1),
+                          "scores": scores})
         if self.best is None or mean_choice(scores) > mean_choice(self.best["scores"]):
             self.best = self.rows[-1]
         return self.best is self.rows[-1]
@@ -485,7 +487,7 @@ def main():
         experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
 
     random = utils.make_generator("distillation", args.seed)
-    canvas_size = args.canvas_size if args.texture else 1
+    windows, canvas_size = (args.canvas_samples, args.canvas_size) if args.texture else (0, 1)
     image_syn, label_syn = initial_images(data, args.ipc, args.pix_init, canvas_size, random)
     image_syn, label_syn = image_syn.to(device).requires_grad_(True), label_syn.to(device)
     syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # α
@@ -493,15 +495,14 @@ def main():
     optimizer_lr = torch.optim.SGD([syn_lr], lr=args.lr_lr, momentum=0.5)
 
     augment = utils.make_augment(args.dsa, args.dsa_strategy)
-    windows = args.canvas_samples if args.texture else 0
     prepare_student = make_prepare(augment if args.dsa and not args.no_aug else None, windows)
     prepare_eval = make_prepare(augment, windows)
     runner = utils.Runner(args.compile, args.amp)
 
     def evaluate_pool(training_sets, alpha, prepare, *key):
-        sizes = {"epochs": args.epoch_eval_train, "batch_train": args.batch_train, "batch_real": args.batch_real}
-        key = (args.seed, *key)
-        return {name: evaluate(name, training_sets, alpha, data, runner, prepare, key, **sizes) for name in pool}
+        more = {"key": (args.seed, *key), "epochs": args.epoch_eval_train, "batch_train": args.batch_train,
+                "batch_real": args.batch_real}
+        return {name: evaluate(name, training_sets, alpha, data, runner, prepare, **more) for name in pool}
 
     draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
     real_sets = [random_real(data, args.ipc, draw) for draw in draws]
@@ -521,8 +522,7 @@ def main():
             if it % args.eval_it == 0 or it == args.Iteration:
                 images = image_syn.detach().clone()
                 scores = evaluate_pool([(images, label_syn)] * args.num_eval, syn_lr.item(), prepare_eval, it)
-                loss = float(np.mean(losses)) if losses else None
-                is_best = evaluations.add(it, scores, syn_lr.item(), loss, round(time.time() - start, 1))
+                is_best = evaluations.add(it, scores, syn_lr.item(), losses, time.time() - start)
                 bar.write(evaluations.table())
                 log |= evaluations.log()
                 losses.clear()

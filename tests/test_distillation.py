@@ -457,7 +457,7 @@ def test_the_validation_set_chooses_the_best_iteration_and_the_test_set_only_wit
     for val in ([[0.5], [0.6], [0.6]], [[], [], []]):
         evaluations = Evaluations()
         for it, test in enumerate((0.9, 0.3, 0.95)):
-            evaluations.add(it, {"net": Scores(val[it], [test])}, 0.01, None, 0.0)
+            evaluations.add(it, {"net": Scores(val[it], [test])}, 0.01, [], 0.0)
         chosen.append(evaluations.best["iteration"])
         assert evaluations.log()["Max_Accuracy/net"] == (0.3 if val[0] else 0.95)
     assert chosen == [1, 2]
