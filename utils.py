@@ -551,7 +551,7 @@ def write_toysat(folder, per_class, seed=0):
 
 DATASETS = {  # name: (loader, channel means, channel standard deviations), pixels in [0, 1]
     "EuroSAT": (load_eurosat, [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]),
-    "ToySAT": (load_toysat, [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]),  # drawn to resemble EuroSAT in these, too
+    "ToySAT": (load_toysat, [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]),  # EuroSAT's: its own are close
 }
 
 
