@@ -1,7 +1,8 @@
 # make quickstart   both scripts on ToySAT, the drawn stand-in for EuroSAT: about 5 minutes on 2 CPU cores
 # make test         the tests: about 7 minutes on 2 CPU cores
+# make bench        time and memory of the engine; PEER=DIR: beside MTT's own loop, from a checkout: about 25 minutes
 #
-# Both first make a virtual environment in .venv from requirements.txt, once. PYTHON chooses the interpreter (3.10 to 3.13).
+# All first make a virtual environment in .venv from requirements.txt, once. PYTHON chooses the interpreter (3.10 to 3.13).
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,9 +17,12 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -ra
 
+bench: $(VENV)/installed
+	$(VENV)/bin/python tests/benchmarks/bench.py $(if $(PEER),--peer $(PEER))
+
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --requirement requirements.txt
 	touch $@
 
-.PHONY: quickstart test
+.PHONY: quickstart test bench

@@ -17,16 +17,20 @@ import os
 import time
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import wandb
 from PIL import Image, ImageDraw, ImageFont
+from torch.func import grad, vmap
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import utils
-from reparam_module import ReparamModule, match_trajectory
+from reparam_module import UNROLLS, ReparamModule
 from utils import CLASS_NAMES, IM_SIZE, Data, ReportedError
 
 EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` standing for --model
@@ -55,6 +59,9 @@ def parse_args():
     add("--max_start_epoch", type=utils.count, default=25,
         help="T⁺: segments start at an expert's epoch below this one")
     add("--batch_syn", type=utils.count, help="synthetic images per step (default: all of them)")
+    add("--unroll", choices=sorted(UNROLLS), default="adjoint",
+        help="gradients through the student's steps: adjoint, in memory that does not grow with their number, or "
+        "autograd, the plain double backward of MTT; they agree")
     add("--pix_init", choices=("real", "noise"), default="real", help="what the synthetic images start from")
     utils.add_flag(parser, "--no_aug", help="no augmentation while distilling (evaluation keeps its own)")
     utils.add_flag(parser, "--texture", help="distill canvases, from which random windows are cut; not with --zca")
@@ -174,7 +181,15 @@ def load_experts(files, shapes, max_experts):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Synthetic images
+# Synthetic images and the student that learns from them
+
+
+def make_student(model, amp, device):
+    """A network called `model` as a function of its parameters. Raises ReportedError where it cannot be one."""
+    try:
+        return ReparamModule(utils.initial_network(model, utils.make_generator(0), device), amp)
+    except ValueError as error:
+        raise ReportedError(f"--model={model}: {error}") from None
 
 
 def initial_images(data: Data, ipc, pix_init, canvas_size, generator):
@@ -249,22 +264,70 @@ class Scores:
         return np.mean(self.val or self.test)
 
 
-def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, epochs, batch_train, batch_real):
+def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, step, epochs, batch_train, batch_real):
     """Train a fresh `model` on each of `training_sets`, pairs of images and labels, and test it on real images.
 
-    Initial weights and augmentation follow from `key`, not from what ran before.
+    Initial weights and augmentation follow from `key`, not from what ran before. With a `step` of
+    `make_sgd_step`, all networks are trained together.
     """
-    scores = Scores([], [])
-    for index, (images, labels) in enumerate(training_sets):
-        generator = utils.make_generator("evaluation", *key, model, index)
-        network = utils.initial_network(model, generator, images.device)
-        logits = runner(network)
-        name = f"evaluation {index + 1}/{len(training_sets)}, {model}"
-        utils.evaluate_synset(network, logits, images, labels, syn_lr, epochs, batch_train, prepare, generator, name)
-        if len(data.val[1]):
-            scores.val.append(utils.accuracy(network, logits, *data.val, batch_real))
-        scores.test.append(utils.accuracy(network, logits, *data.test, batch_real))
-    return scores
+    generators = [utils.make_generator("evaluation", *key, model, index) for index in range(len(training_sets))]
+    networks = [utils.initial_network(model, generator, data.test[0].device) for generator in generators]
+    runs = [runner(network) for network in networks]
+    settings = {"epochs": epochs, "batch_size": batch_train, "prepare": prepare}
+    if step:
+        train_together(networks, step, training_sets, syn_lr, generators=generators, name=f"evaluation, {model}",
+                       **settings)
+    else:
+        for index, (network, logits, generator) in enumerate(zip(networks, runs, generators)):
+            utils.evaluate_synset(network, logits, *training_sets[index], syn_lr, generator=generator,
+                                  name=f"evaluation {index + 1}/{len(networks)}, {model}", **settings)
+    val, test = ([utils.accuracy(network, logits, *part, batch_real) for network, logits in zip(networks, runs)]
+                 if len(part[1]) else [] for part in (data.val, data.test))
+    return Scores(val, test)
+
+
+def make_sgd_step(model, runner, device):
+    """`sgd_step` for networks called `model`; None where they are to be trained one after the other.
+
+    That is on a CPU, which has nothing to gain from larger kernels and was a quarter slower with them, and with batch
+    statistics, which are no part of the parameters.
+    """
+    network = utils.initial_network(model, utils.make_generator(0), device)
+    if device.type != "cuda" or any(True for _ in network.buffers()):
+        return None
+    return runner.function(partial(sgd_step, ReparamModule(network, runner.amp)))
+
+
+def sgd_step(module, thetas, momenta, x, y, lr):
+    """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks at once, which share every kernel.
+
+    thetas, momenta  parameters of ReparamModule `module` and their momenta, (K, P), of which new ones are returned
+    x, y, lr         images (K, B, C, H, W), labels (K, B), learning rate ()
+    """
+
+    def loss(theta, x, y):
+        return F.cross_entropy(module(x, theta), y)
+
+    momenta = 0.9 * momenta + vmap(grad(loss))(thetas, x, y) + 5e-4 * thetas
+    return thetas - lr * momenta, momenta
+
+
+def train_together(networks, step, training_sets, syn_lr, *, epochs, batch_size, prepare, generators, name):
+    """What `utils.evaluate_synset` does, for K networks at once, each with its own training set, generator and draws.
+
+    The training sets must be of one size.
+    """
+    thetas = torch.stack([parameters_to_vector(network.parameters()) for network in networks]).detach()  # (K, P)
+    momenta, lr = torch.zeros_like(thetas), torch.tensor(syn_lr, device=thetas.device)
+    for epoch in tqdm(range(epochs + 1), desc=name, unit="epochs", mininterval=1, leave=False):
+        of_each = [utils.shuffled_batches(*training_set, batch_size, prepare, generator)
+                   for training_set, generator in zip(training_sets, generators)]
+        for batches in zip(*of_each):
+            thetas, momenta = step(thetas, momenta, *(torch.stack(part) for part in zip(*batches)), lr)
+        if epoch == epochs // 2 + 1:
+            lr, momenta = lr * 0.1, torch.zeros_like(momenta)
+    for network, theta in zip(networks, thetas):
+        vector_to_parameters(theta, network.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,14 +362,15 @@ def clip(images, deviations=2.5):
     return images.clamp(mean - deviations * std, mean + deviations * std)
 
 
-def save_synthetic(folder, tag, image_syn, label_syn, syn_lr, data: Data):
+def save_synthetic(folder, tags, image_syn, label_syn, syn_lr, data: Data):
     """Write images, labels and α as bare tensors: images_{tag}.pt and labels_{tag}.pt are what MTT's tools read."""
     tensors = {"images": image_syn, "labels": label_syn, "syn_lr": syn_lr}
     if data.zca:
         tensors["images_zca"] = data.to_pixels(image_syn)
     for name, tensor in tensors.items():
         bare = tensor.detach().cpu().clone()
-        utils.write_whole(folder / f"{name}_{tag}.pt", lambda file, bare=bare: torch.save(bare, file))
+        for tag in tags:
+            utils.write_whole(folder / f"{name}_{tag}.pt", lambda file, bare=bare: torch.save(bare, file))
 
 
 def save_picture(folder, name, picture, **options):
@@ -349,9 +413,13 @@ def start_wandb(folder, config, mode, project, entity):
     return run
 
 
-def picture_log(image_syn, label_syn, data: Data, title):
-    """MTT's wandb keys for the images: histograms, and pictures of the tensors as they are and after inverting ZCA."""
-    log = {"Synthetic_Pixels": wandb.Histogram(image_syn)}
+def picture_log(image_syn, label_syn, data: Data, title, pictures):
+    """MTT's wandb keys for the images: a histogram; with `pictures` also the tensors, as they are and whitening undone.
+    """
+    log = {"Pixels": wandb.Histogram(image_syn)}
+    if not pictures:
+        return log
+    log["Synthetic_Pixels"] = log["Pixels"]
     views = {"Synthetic": image_syn} | ({"Reconstructed": data.to_pixels(image_syn)} if data.zca else {})
     for name, images in views.items():
         log[f"{name}_Images"] = wandb.Image(draw_grid(images, label_syn, title))
@@ -473,10 +541,9 @@ def main():
     args.amp = utils.check_amp(args.amp, device)
     pool = list(dict.fromkeys(args.model if name == "model" else name for name in EVAL_POOLS[args.eval_mode]))
 
-    network = utils.initial_network(args.model, utils.make_generator(0), device)  # refuses unknown names before loading
-    student, shapes = ReparamModule(network, args.amp), [p.shape for p in network.parameters()]
+    student = make_student(args.model, args.amp, device)  # refuses names before loading
     files = find_experts(utils.expert_folder(args.buffer_path, args.dataset, args.zca, args.model))[:args.max_files]
-    experts = load_experts(files, shapes, args.max_experts)
+    experts = load_experts(files, student.shapes, args.max_experts)
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
     experts.check_settings({"val_fraction": args.val_fraction})  # before whitening another split for minutes
     data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
@@ -498,11 +565,14 @@ def main():
     prepare_student = make_prepare(augment if args.dsa and not args.no_aug else None, windows)
     prepare_eval = make_prepare(augment, windows)
     runner = utils.Runner(args.compile, args.amp)
+    unroll = UNROLLS[args.unroll](student, runner.function)
+    sgd_steps = {name: make_sgd_step(name, runner, device) for name in pool}
 
     def evaluate_pool(training_sets, alpha, prepare, *key):
         more = {"key": (args.seed, *key), "epochs": args.epoch_eval_train, "batch_train": args.batch_train,
                 "batch_real": args.batch_real}
-        return {name: evaluate(name, training_sets, alpha, data, runner, prepare, **more) for name in pool}
+        return {name: evaluate(name, training_sets, alpha, data, runner, prepare, step=step, **more)
+                for name, step in sgd_steps.items()}
 
     draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
     real_sets = [random_real(data, args.ipc, draw) for draw in draws]
@@ -529,11 +599,9 @@ def main():
                 title = f"{args.dataset}, {args.model}, iteration {it}"
                 save_picture(folder, f"grid_{it:06d}.png", draw_grid(clip(data.to_pixels(images)), label_syn, title))
                 if is_best or it % 1000 == 0 or it == args.Iteration:
-                    for tag in [it, "best"] if is_best else [it]:
-                        save_synthetic(folder, tag, images, label_syn, syn_lr, data)
-                    log["Pixels"] = wandb.Histogram(images.cpu())
-                    if args.ipc < 50 or args.force_save:
-                        log |= picture_log(images.cpu(), label_syn, data, title)
+                    save_synthetic(folder, [it, "best"] if is_best else [it], images, label_syn, syn_lr, data)
+                    pictures = args.ipc < 50 or args.force_save
+                    log |= picture_log(images.cpu(), label_syn, data, title, pictures)
                 save_results(folder, settings, data, experts, baselines, evaluations)
             if it == args.Iteration:
                 run.log(log, step=it)
@@ -543,7 +611,7 @@ def main():
             start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=random))
             batches = synthetic_batches(image_syn, label_syn, args.syn_steps, args.batch_syn, prepare_student, random)
             segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
-            loss, image_syn.grad, syn_lr.grad = match_trajectory(student, *segment, image_syn, syn_lr, batches)
+            loss, image_syn.grad, syn_lr.grad = unroll(*segment, image_syn, syn_lr, batches)
             optimizer_img.step()
             optimizer_lr.step()
             losses.append(loss.item())

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,17 @@ from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 import utils
-from distillation import Evaluations, Experts, Scores, cut_windows, draw_grid, synthetic_batches
+from distillation import (
+    Evaluations,
+    Experts,
+    Scores,
+    cut_windows,
+    draw_grid,
+    sgd_step,
+    synthetic_batches,
+    train_together,
+)
+from reparam_module import ReparamModule
 
 SCRIPT, EXPERTS_SCRIPT = "distillation.py", "expert_trajectories.py"
 MODEL = "ConvNetW32"
@@ -229,7 +240,18 @@ def test_compilation_and_bfloat16_change_a_run_only_a_little(flags, whole_run, r
     losses, others = ([row["loss"] for row in record["evaluations"][1:]]
                       for record in (whole_run[2], results(tmp_path)[1]))
     assert losses == pytest.approx(others, rel=0.02)
-    assert (losses == others) == ("--amp" not in flags)  # only evaluation networks are compiled
+    assert losses != others and "compiled step in" in done.stdout and "compiled step_back in" in done.stdout
+
+
+def test_both_engines_learn_nearly_the_same(whole_run, distill):
+    _, folder, record = whole_run
+    other, record_other = distill(*LEARNING, "--unroll=autograd")
+    assert record["settings"]["unroll"] == "adjoint" and record_other["settings"]["unroll"] == "autograd"
+    images, others = (load(place / "images_2.pt") for place in (folder, other))
+    assert not torch.equal(images, load(folder / "images_0.pt"))
+    torch.testing.assert_close(images, others, rtol=0, atol=1e-3 * float(images.std()))
+    for row, row_other in zip(record["evaluations"][1:], record_other["evaluations"][1:]):
+        assert (row["loss"], row["syn_lr"]) == pytest.approx((row_other["loss"], row_other["syn_lr"]), rel=1e-4)
 
 
 def test_without_bfloat16_a_warning_says_so_and_the_run_is_that_of_float32(whole_run, distill, monkeypatch):
@@ -419,6 +441,27 @@ def test_a_run_name_is_not_reused_with_other_settings(distill, run_here, cheap_f
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts
+
+
+def test_networks_trained_together_end_as_those_trained_one_after_the_other():
+    images = torch.randn(3, 7, 3, 64, 64, generator=seeded(0))
+    sets = [(x, torch.arange(7)) for x in images]
+    settings = {"syn_lr": 0.02, "epochs": 4, "batch_size": 4, "prepare": utils.make_augment(True, utils.DSA_STRATEGY)}
+
+    def fresh():
+        generators = [seeded(k) for k in range(3)]
+        return [utils.initial_network("ConvNetW32", generator, "cpu") for generator in generators], generators
+
+    networks, generators = fresh()
+    for network, training_set, generator in zip(networks, sets, generators):
+        utils.evaluate_synset(network, network, *training_set, generator=generator, name="", **settings)
+    together, generators = fresh()
+    step = partial(sgd_step, ReparamModule(together[0]))
+    train_together(together, step, sets, generators=generators, name="", **settings)
+    for one, other, initial in zip(networks, together, fresh()[0]):
+        for p, q, r in zip(one.parameters(), other.parameters(), initial.parameters()):
+            assert not torch.equal(p, r)
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_pass_over_all_images_before_any_comes_again():

@@ -50,6 +50,8 @@ def damaged_data(tiny_folder, tmp_path_factory):
 
 FLAGS = [  # scripts, flag, what the line must name
     (BOTH, "--model=LeNet", ["--model=LeNet", "choose from", "ConvNet", "MLP", "ResNet18"]),
+    (DISTILLATION, "--model=ConvNetBN", ["--model=ConvNetBN", "batch normalisation", "take a network with instance"]),
+    (DISTILLATION, "--unroll=tesla", ["--unroll", "tesla", "adjoint", "autograd"]),
     (BOTH, "--model=ConvNetD7", ["--model=ConvNetD7", "ConvNetD6"]),
     (BOTH, "--dataset=CIFAR10", ["--dataset", "CIFAR10", "EuroSAT", "ToySAT"]),
     (BOTH, "--dsa=maybe", ["--dsa", "maybe", "True", "False"]),
