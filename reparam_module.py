@@ -111,16 +111,16 @@ class AdjointUnroll:
 
     def __call__(self, theta_start, theta_target, image_syn, syn_lr, batches):
         """As of `AutogradUnroll`."""
-        alpha, theta, tape = syn_lr.detach(), theta_start.detach(), []
-        for x, y in batches:
-            tape.append((theta, x, y))
-            (theta,) = self.step(theta, x.detach(), y, alpha)
+        # All that is kept is allocated first: between activations, which come and go, it would fragment the heap.
+        batches, alpha = list(batches), syn_lr.detach()
+        thetas = [theta_start.detach().clone() for _ in range(len(batches) + 1)]
+        for theta, following, (x, y) in zip(thetas, thetas[1:], batches):
+            following.copy_(*self.step(theta, x.detach(), y, alpha))
         distance = (theta_start - theta_target).square().sum()
-        matching_loss = (theta - theta_target).square().sum() / distance
-        v = 2 * (theta - theta_target) / distance
+        matching_loss = (thetas[-1] - theta_target).square().sum() / distance
+        v = 2 * (thetas[-1] - theta_target) / distance
         grad_image, grad_lr = torch.zeros_like(image_syn), torch.zeros_like(alpha)
-        while tape:
-            theta, x, y = tape.pop()
+        for theta, (x, y) in zip(thetas[-2::-1], batches[::-1]):
             v, grad_x, share = self.step_back(theta, x.detach(), y, alpha, v)
             grad_image += torch.autograd.grad(x, image_syn, grad_x)[0]
             grad_lr += share

@@ -150,7 +150,7 @@ def add_shared_flags(parser, batch_train):
     add("--seed", type=number(int, 0, below=2**31), default=0, help="everything random follows from it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
-        help="torch.compile experts and evaluation networks")
+        help="torch.compile experts, student and evaluation networks")
     add_flag(parser, "--amp", help="experts, student and evaluation networks in bfloat16 (autocast)")
 
 
