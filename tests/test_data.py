@@ -13,6 +13,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import toysat
 import utils
 from utils import CLASS_NAMES, EUROSAT_CACHE, ReportedError, load_eurosat
 
@@ -45,7 +46,7 @@ def test_toysat_draws_all_classes_in_order():
     assert images.shape == (20, 3, 64, 64) and images.dtype == np.uint8
     assert labels.tolist() == [label for label in range(10) for _ in range(2)]
     assert len({image.tobytes() for image in images}) == 20
-    assert tuple(utils.PAINTERS) == CLASS_NAMES
+    assert tuple(toysat.PAINTERS) == CLASS_NAMES
 
 
 def test_toysat_written_as_jpegs_reads_back_as_what_was_drawn(tiny_folder):

@@ -444,13 +444,13 @@ def test_a_run_name_is_not_reused_with_other_settings(distill, run_here, cheap_f
 
 
 def test_networks_trained_together_end_as_those_trained_one_after_the_other():
-    images = torch.randn(3, 7, 3, 64, 64, generator=seeded(0))
+    images = torch.randn(3, 7, 3, 64, 64, generator=seeded(0), dtype=torch.float64)
     sets = [(x, torch.arange(7)) for x in images]
     settings = {"syn_lr": 0.02, "epochs": 4, "batch_size": 4, "prepare": utils.make_augment(True, utils.DSA_STRATEGY)}
 
     def fresh():
         generators = [seeded(k) for k in range(3)]
-        return [utils.initial_network("ConvNetW32", generator, "cpu") for generator in generators], generators
+        return [utils.initial_network("ConvNetW32", generator, "cpu").double() for generator in generators], generators
 
     networks, generators = fresh()
     for network, training_set, generator in zip(networks, sets, generators):
@@ -461,7 +461,7 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other():
     for one, other, initial in zip(networks, together, fresh()[0]):
         for p, q, r in zip(one.parameters(), other.parameters(), initial.parameters()):
             assert not torch.equal(p, r)
-            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_batches_pass_over_all_images_before_any_comes_again():
