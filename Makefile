@@ -11,7 +11,7 @@ TOYSAT := --dataset=ToySAT --model=ConvNetW32 --data_path=quickstart --buffer_pa
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python expert_trajectories.py $(TOYSAT) --num_experts=3 --train_epochs=6 --batch_train=32 --amp
 	$(VENV)/bin/python distillation.py $(TOYSAT) --ipc=1 --syn_steps=20 --expert_epochs=1 --max_start_epoch=4 \
-		--lr_img=3000 --lr_teacher=0.02 --Iteration=150 --eval_it=150 --epoch_eval_train=300 --amp --log_dir=quickstart/logged_files
+		--lr_img=3000 --lr_teacher=0.02 --Iteration=120 --eval_it=120 --epoch_eval_train=300 --amp --log_dir=quickstart/logged_files
 
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
