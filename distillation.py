@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import utils
@@ -234,13 +235,20 @@ def make_prepare(augment, samples):
 
 
 def synthetic_batches(image_syn, label_syn, steps, batch_syn, prepare, generator):
-    """The student's mini-batches: `steps` batches from random permutations of the synthetic images, each prepared."""
+    """The student's mini-batches: `steps` batches from random permutations of the synthetic images, each prepared.
+
+    Of each, only the result is kept: on the way back it is prepared once more, from a copy of the generator.
+    """
     chunks = []
     for _ in range(steps):
         if not chunks:
             chunks = list(torch.randperm(len(image_syn), generator=generator).to(image_syn.device).split(batch_syn))
-        chosen = chunks.pop()
-        yield prepare(image_syn[chosen], label_syn[chosen], generator)
+        chosen, draws = chunks.pop(), iter((generator, generator.clone_state()))
+
+        def batch(images, chosen=chosen, draws=draws):
+            return prepare(images[chosen], label_syn[chosen], next(draws))
+
+        yield checkpoint(batch, image_syn, use_reentrant=False, preserve_rng_state=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

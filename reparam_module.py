@@ -111,9 +111,10 @@ class AdjointUnroll:
 
     def __call__(self, theta_start, theta_target, image_syn, syn_lr, batches):
         """As of `AutogradUnroll`."""
-        # All that is kept is allocated first: between activations, which come and go, it would fragment the heap.
+        # All that is kept is allocated first, the θ_i in one piece: between activations, which come and go, they
+        # would fragment the heap.
         batches, alpha = list(batches), syn_lr.detach()
-        thetas = [theta_start.detach().clone() for _ in range(len(batches) + 1)]
+        thetas = theta_start.detach().repeat(len(batches) + 1, 1).unbind()  # each (P,)
         for theta, following, (x, y) in zip(thetas, thetas[1:], batches):
             following.copy_(*self.step(theta, x.detach(), y, alpha))
         distance = (theta_start - theta_target).square().sum()

@@ -1,7 +1,9 @@
 """`expert_trajectories.py` from the command line."""
 
 import json
+import platform
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +135,12 @@ def test_bfloat16_gives_nearly_the_same_experts(train, usual):
     change = train("--amp") - usual[0]
     assert not torch.equal(change[5], usual[5] - usual[0])
     assert torch.nn.functional.cosine_similarity(change[1], usual[1] - usual[0], dim=0) > 0.98
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="asks Linux on x86")
+def test_a_processor_has_bfloat16_only_if_it_has_the_instructions():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert utils.has_bfloat16(torch.device("cpu")) == bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def test_without_bfloat16_a_warning_says_so_and_experts_are_those_of_float32(train, usual, monkeypatch):
