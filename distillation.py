@@ -10,41 +10,30 @@ logged_files/DATASET/RUN: images, labels and step size as tensors, picture grids
 On two cores of an AMD EPYC, 5000 iterations of ConvNetW32, evaluated every 500, take 1.7 hours.
 """
 
+import argparse
 import hashlib
 import json
 import math
-import os
+import sys
 import time
-import warnings
-from dataclasses import dataclass, replace
+import uuid
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import wandb
-from PIL import Image, ImageDraw, ImageFont
-from torch.func import grad, vmap
-from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import files
+import report
 import utils
+from evaluation import EVAL_POOLS, Evaluations, Scores, evaluate_pool, make_sgd_step, plain, scored
+from files import ReportedError
 from reparam_module import UNROLLS, ReparamModule
-from utils import CLASS_NAMES, IM_SIZE, Data, ReportedError
+from trajectories import Experts, expert_folder, load_experts
+from utils import CLASS_NAMES, IM_SIZE, Data, Stopped, stop
 
-EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` standing for --model
-    "S": ("model",),
-    "A": ("ConvNet", "MLP", "ResNet18"),
-    "R": ("model", "ResNet18"),
-    "M": ("model", "MLP"),
-    "C": ("model", "ConvNet"),
-    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
-    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
-    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
-    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
-}
+RUN_FILE, CHECKPOINT = "run.json", "checkpoint.pt"  # in the run's folder: what it is, and how far it has come
 
 
 def parse_args():
@@ -77,14 +66,28 @@ def parse_args():
     add("--batch_real", type=utils.count, default=256, help="real images per batch when testing a network")
     add("--max_files", type=utils.count, help="trajectory files to read (default: all)")
     add("--max_experts", type=utils.count, help="experts to read per file (default: all)")
+    utils.add_flag(parser, "--skip_damaged", help="go on without damaged trajectory files and experts")
     utils.add_flag(parser, "--load_all", help="hold the experts' snapshots on the device")
     utils.add_flag(parser, "--force_save", help="log pictures to wandb with 50 images per class or more, too")
     add("--log_dir", type=utils.expanded_path, default=Path("logged_files"), help="where results are written")
-    add("--run_name", help="name of the run and its folder (default: from the settings)")
+    add("--run_name", type=folder_name, help="name of the run and its folder (default: from the settings)")
+    add("--checkpoint_every", type=utils.count, default=100,
+        help="iterations from one checkpoint to the next; the same command goes on from the last one")
+    add("--resume", type=utils.expanded_path, metavar="DIR", help="go on with the run in DIR, with the flags it had")
     add("--wandb_mode", choices=("online", "offline", "disabled"), help="default: online when logged in, else offline")
-    add("--wandb_project", default="DatasetDistillation", help="wandb project")
-    add("--wandb_entity", help="wandb user or team")
+    add("--wandb_project", type=wandb_name, default="DatasetDistillation", help="wandb project")
+    add("--wandb_entity", type=wandb_name, help="wandb user or team")
     args = parser.parse_args()
+    if args.resume:
+        for flag in ("--run_name", "--log_dir"):
+            if any(argument.split("=")[0] == flag for argument in sys.argv):
+                parser.error(f"--resume and {flag} both name the run's folder: leave one out")
+        try:
+            args = parser.parse_args([*read_run(args.resume)["flags"], *sys.argv[1:]])  # of two, the last one counts
+        except FileNotFoundError:
+            parser.error(f"--resume={args.resume}: no run was begun there (it has no {RUN_FILE})")
+        except ReportedError as error:
+            parser.error(str(error))
     if args.zca and args.texture:
         parser.error("--zca and --texture exclude each other: whitening is fitted to whole images; leave one out")
     args.batch_syn = args.batch_syn or args.ipc * len(CLASS_NAMES)
@@ -93,92 +96,18 @@ def parse_args():
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts
+def folder_name(text):
+    """A run's name, which names a folder in --log_dir and so must not lead out of it."""
+    if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder in --log_dir: choose one without '/'")
+    return text
 
 
-@dataclass(frozen=True)
-class Experts:
-    trajectories: list  # of experts, of snapshots, of tensors
-    records: dict  # of each trajectory file, None for MTT's own
-    epochs: int  # that every expert has at least
-
-    @property
-    def test_accuracies(self):
-        """Of each expert after its last epoch, as far as it is recorded."""
-        known = (record["experts"] for record in self.records.values() if record)
-        return [expert["test_accuracy"][-1] for experts in known for expert in experts]
-
-    def check_settings(self, settings):
-        """Raise ReportedError where experts were made with other `settings`; warn where nothing is recorded."""
-        for path, record in self.records.items():
-            if record is None:
-                warnings.warn(f"{path} has no record of its settings: whether its preprocessing fits cannot be checked")
-            else:
-                utils.check_record(path, record["settings"], settings)
-
-    def digest(self):
-        """What tells one set of experts from another: a hash of settings, losses, and of where the first one ends."""
-        known = [len(self.trajectories)]
-        for record in filter(None, self.records.values()):
-            known += [record["settings"], record["training"], [expert["loss"] for expert in record["experts"]]]
-        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-        for p in self.trajectories[0][-1]:
-            digest.update(p.numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def check_epochs(self, max_start_epoch, expert_epochs):
-        """Raise ReportedError where the last segment, from T⁺ − 1 to T⁺ − 1 + M, ends after the experts do."""
-        if max_start_epoch - 1 + expert_epochs > self.epochs:
-            raise ReportedError(
-                f"--max_start_epoch={max_start_epoch} and --expert_epochs={expert_epochs} need experts of "
-                f"{max_start_epoch - 1 + expert_epochs} epochs; these have {self.epochs}: lower one of them, "
-                "or train experts with more --train_epochs")
-
-    def on_device(self, snapshots, device):
-        """The same with each expert's first `snapshots` on the device."""
-        trajectories = [[[p.to(device) for p in snapshot] for snapshot in expert[:snapshots]]
-                        for expert in self.trajectories]
-        return replace(self, trajectories=trajectories)
-
-    def segment(self, expert, epoch, length, device):
-        """θ*_t and θ*_{t+M}, flat (P,), of an expert, t = `epoch`, M = `length`.
-
-        Raises ReportedError where they are the same: nothing is learned there, and the loss would divide by zero.
-        """
-        snapshots = (self.trajectories[expert][t] for t in (epoch, epoch + length))
-        start, target = (torch.cat([p.reshape(-1) for p in snapshot]).to(device) for snapshot in snapshots)
-        if torch.equal(start, target):
-            raise ReportedError(f"expert {expert} is the same at epochs {epoch} and {epoch + length}, as MTT's own are "
-                                "when trained on a CPU: train experts again")
-        return start, target
-
-
-def find_experts(folder):
-    """The trajectory files in `folder`; raises ReportedError where there are none."""
-    files = utils.expert_files(folder)
-    if not files:
-        raise ReportedError(f"no replay_buffer_0.pt in {folder}: train experts first (expert_trajectories.py with the "
-                            "same --dataset, --model, --zca and --buffer_path)")
-    return files
-
-
-def load_experts(files, shapes, max_experts):
-    """The experts in trajectory `files`, memory-mapped, `max_experts` of each file (None: all).
-
-    Raises ReportedError where their tensors do not have the network's parameter `shapes`, or a record does not fit.
-    """
-    trajectories, records = [], {}
-    for path in files:
-        record, experts = utils.read_record(path), utils.read_trajectories(path)
-        if record and len(record["experts"]) != len(experts):
-            raise ReportedError(f"{path} holds {len(experts)} experts, but its record {len(record['experts'])}: run "
-                                "expert_trajectories.py again to complete it")
-        trajectories += experts[:max_experts]
-        records[path] = record and record | {"experts": record["experts"][:max_experts]}
-    if any([p.shape for p in expert[0]] != shapes for expert in trajectories):
-        raise ReportedError(f"{files[0].parent} holds experts of another architecture: use the --model that made them")
-    return Experts(trajectories, records, epochs=min(len(expert) for expert in trajectories) - 1)
+def wandb_name(text):
+    """A name that wandb takes."""
+    if not text or any(c in text for c in "/\\#?%:"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name on wandb: at least one character, none of /\\#?%:")
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,122 +181,109 @@ def synthetic_batches(image_syn, label_syn, steps, batch_syn, prepare, generator
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Main
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Accuracies, in [0, 1], of the networks of one evaluation; `val` is empty without a validation set."""
-
-    val: list
-    test: list
-
-    def __str__(self):
-        parts = (f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" if part else "" for part in (self.val, self.test))
-        return "   ".join(f"{part:16}" for part in parts)
-
-    @property
-    def choice(self):
-        """What the best iteration is chosen by: the validation set; where there is none, the test set (MTT's rule)."""
-        return np.mean(self.val or self.test)
+def run_settings(flags):
+    """The flags, a dictionary, that a result depends on: all but paths, names and where it runs."""
+    left_out = ("data_path", "buffer_path", "log_dir", "run_name", "resume", "checkpoint_every", "device", "load_all",
+                "skip_damaged", "force_save")
+    return {key: value for key, value in flags.items() if key not in left_out and not key.startswith("wandb")}
 
 
-def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, step, epochs, batch_train, batch_real):
-    """Train a fresh `model` on each of `training_sets`, pairs of images and labels, and test it on real images.
-
-    Initial weights and augmentation follow from `key`, not from what ran before. With a `step` of
-    `make_sgd_step`, all networks are trained together.
-    """
-    generators = [utils.make_generator("evaluation", *key, model, index) for index in range(len(training_sets))]
-    networks = [utils.initial_network(model, generator, data.test[0].device) for generator in generators]
-    runs = [runner(network) for network in networks]
-    settings = {"epochs": epochs, "batch_size": batch_train, "prepare": prepare}
-    if step:
-        train_together(networks, step, training_sets, syn_lr, generators=generators, name=f"evaluation, {model}",
-                       **settings)
-    else:
-        for index, (network, logits, generator) in enumerate(zip(networks, runs, generators)):
-            utils.evaluate_synset(network, logits, *training_sets[index], syn_lr, generator=generator,
-                                  name=f"evaluation {index + 1}/{len(networks)}, {model}", **settings)
-    val, test = ([utils.accuracy(network, logits, *part, batch_real) for network, logits in zip(networks, runs)]
-                 if len(part[1]) else [] for part in (data.val, data.test))
-    return Scores(val, test)
+def as_flags(flags):
+    """The flags, a dictionary, as they are written in a shell; paths absolute; without those that name the folder."""
+    left_out = ("log_dir", "run_name", "resume", "compile")
+    written = {key: value.resolve() if isinstance(value, Path) else value for key, value in flags.items()
+               if key not in left_out and value is not None}
+    return [*(f"--{key}={value}" for key, value in written.items()), f"--{'' if flags['compile'] else 'no-'}compile"]
 
 
-def make_sgd_step(model, runner, device):
-    """`sgd_step` for networks called `model`; None where they are to be trained one after the other.
-
-    That is on a CPU, which has nothing to gain from larger kernels and was a quarter slower with them, and with batch
-    statistics, which are no part of the parameters.
-    """
-    network = utils.initial_network(model, utils.make_generator(0), device)
-    if device.type != "cuda" or any(True for _ in network.buffers()):
-        return None
-    return runner.function(partial(sgd_step, ReparamModule(network, runner.amp)))
+def run_folder(parent, name, settings):
+    """The run's folder below `parent`, `name` or after the settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    zca = "_zca" if settings["zca"] else ""
+    return parent / (name or f"{settings['model']}_ipc{settings['ipc']}{zca}_seed{settings['seed']}_{digest}")
 
 
-def sgd_step(module, thetas, momenta, x, y, lr):
-    """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks at once, which share every kernel.
+def read_run(folder):
+    """What `open_run` wrote. Raises FileNotFoundError where nothing is, ReportedError for a damaged file."""
+    try:
+        return files.read_json(folder / RUN_FILE, settings=dict, flags=list, wandb_id=str)
+    except ValueError as error:
+        raise ReportedError(f"{folder / RUN_FILE} is damaged ({error}): use another --run_name, or remove the folder"
+                            ) from None
 
-    thetas, momenta  parameters of ReparamModule `module` and their momenta, (K, P), of which new ones are returned
-    x, y, lr         images (K, B, C, H, W), labels (K, B), learning rate ()
+
+def open_run(folder, settings, flags):
+    """Begin a run in `folder`, or go on with it: its id for wandb. Raises ReportedError where its settings differ."""
+    try:
+        run = read_run(folder)
+    except FileNotFoundError:
+        run = {"settings": settings, "flags": flags, "wandb_id": uuid.uuid4().hex[:8]}
+        files.write_json(folder / RUN_FILE, run)
+    files.check_record(folder, run["settings"], settings, "--run_name")
+    return run["wandb_id"]
+
+
+class State:
+    """All that changes in a run, and that a checkpoint keeps.
+
+    image_syn, label_syn  the synthetic images (K, 3, H, W) and their labels (K,)
+    syn_lr                α
+    random                the generator of all draws but those of evaluations
+    losses                of each iteration so far
+    evaluations           of the synthetic images
+    baselines             evaluations of random real images, at the initial α and at the best one
+    seconds               that the run has taken before it was resumed
     """
 
-    def loss(theta, x, y):
-        return F.cross_entropy(module(x, theta), y)
+    def __init__(self, image_syn, label_syn, syn_lr, random, *, lr_img, lr_lr, device):
+        self.image_syn = image_syn.to(device).requires_grad_(True)
+        self.label_syn = label_syn.to(device)
+        self.syn_lr = torch.tensor(syn_lr, device=device, requires_grad=True)
+        self.random = random
+        self.optimizer_img = torch.optim.SGD([self.image_syn], lr=lr_img, momentum=0.5)
+        self.optimizer_lr = torch.optim.SGD([self.syn_lr], lr=lr_lr, momentum=0.5)
+        self.losses, self.evaluations, self.baselines = [], Evaluations(), []
+        self.seconds, self.start, self.finished = 0.0, time.time(), False
 
-    momenta = 0.9 * momenta + vmap(grad(loss))(thetas, x, y) + 5e-4 * thetas
-    return thetas - lr * momenta, momenta
+    def elapsed(self):
+        return self.seconds + time.time() - self.start
 
+    def step(self, loss, grad_image, grad_lr):
+        """Move images and α along their gradients, and take the loss that these belong to."""
+        self.image_syn.grad, self.syn_lr.grad = grad_image, grad_lr
+        self.optimizer_img.step()
+        self.optimizer_lr.step()
+        self.losses.append(loss.item())
 
-def train_together(networks, step, training_sets, syn_lr, *, epochs, batch_size, prepare, generators, name):
-    """What `utils.evaluate_synset` does, for K networks at once, each with its own training set, generator and draws.
+    def save(self, path):
+        content = {
+            "images": self.image_syn.detach(), "labels": self.label_syn, "syn_lr": self.syn_lr.detach(),
+            "optimizer_img": self.optimizer_img.state_dict(), "optimizer_lr": self.optimizer_lr.state_dict(),
+            "random": self.random.get_state(), "losses": self.losses, "evaluations": plain(self.evaluations.rows),
+            "baselines": plain(self.baselines), "seconds": self.elapsed(), "finished": self.finished}
+        files.write_whole(path, lambda file: torch.save(content, file))
 
-    The training sets must be of one size.
-    """
-    thetas = torch.stack([parameters_to_vector(network.parameters()) for network in networks]).detach()  # (K, P)
-    momenta, lr = torch.zeros_like(thetas), torch.tensor(syn_lr, device=thetas.device)
-    for epoch in tqdm(range(epochs + 1), desc=name, unit="epochs", mininterval=1, leave=False):
-        of_each = [utils.shuffled_batches(*training_set, batch_size, prepare, generator)
-                   for training_set, generator in zip(training_sets, generators)]
-        for batches in zip(*of_each):
-            thetas, momenta = step(thetas, momenta, *(torch.stack(part) for part in zip(*batches)), lr)
-        if epoch == epochs // 2 + 1:
-            lr, momenta = lr * 0.1, torch.zeros_like(momenta)
-    for network, theta in zip(networks, thetas):
-        vector_to_parameters(theta, network.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and files
-
-
-def draw_grid(images, labels, title):
-    """A labelled picture of images (B, 3, H, W), each scaled to its own range: a column per class, or rows of five."""
-    count, _, height, width = images.shape
-    columns = 5 if count == len(CLASS_NAMES) else len(CLASS_NAMES)
-    rows = -(-count // columns)
-    scale = max(1, (192 if columns == 5 else 128) // height)
-    cell_w, cell_h, head = width * scale + 8, height * scale + 22, 26
-    picture = Image.new("RGB", (columns * cell_w + 8, rows * cell_h + head + 4), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
-    draw.text((8, 6), title, fill="black", font=font)
-    # The images are ordered by class: five columns take them as they come, ten take each class down a column.
-    order = range(count) if columns == 5 else [c * rows + r for r in range(rows) for c in range(columns)]
-    for place, index in enumerate(order):
-        image = images[index] - images[index].min()
-        pixels = (image / image.max().clamp(min=1e-8) * 255).byte().permute(1, 2, 0).numpy()
-        tile = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        left, top = place % columns * cell_w + 8, place // columns * cell_h + head
-        picture.paste(tile, (left, top))
-        draw.text((left, top + height * scale + 2), CLASS_NAMES[labels[index]], fill="black", font=font)
-    return picture
-
-
-def clip(images, deviations=2.5):
-    """Images with values beyond so many standard deviations from the mean cut off, as in MTT's pictures."""
-    mean, std = images.mean(), images.std()
-    return images.clamp(mean - deviations * std, mean + deviations * std)
+    @torch.no_grad()
+    def load(self, path):
+        """Go back to what `save` wrote, if it did. Raises ReportedError for a damaged file."""
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            self.image_syn.copy_(content["images"])
+            self.label_syn.copy_(content["labels"])
+            self.syn_lr.copy_(content["syn_lr"])
+            self.optimizer_img.load_state_dict(content["optimizer_img"])
+            self.optimizer_lr.load_state_dict(content["optimizer_lr"])
+            self.random.set_state(content["random"])
+            self.losses, self.seconds, self.finished = (content[key] for key in ("losses", "seconds", "finished"))
+            self.evaluations, self.baselines = Evaluations(scored(content["evaluations"])), scored(content["baselines"])
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
+            raise ReportedError(f"{path} is damaged ({files.first_line(error)}): remove it, and the run begins anew"
+                                ) from None
 
 
 def save_synthetic(folder, tags, image_syn, label_syn, syn_lr, data: Data):
@@ -378,163 +294,38 @@ def save_synthetic(folder, tags, image_syn, label_syn, syn_lr, data: Data):
     for name, tensor in tensors.items():
         bare = tensor.detach().cpu().clone()
         for tag in tags:
-            utils.write_whole(folder / f"{name}_{tag}.pt", lambda file, bare=bare: torch.save(bare, file))
+            files.write_whole(folder / f"{name}_{tag}.pt", lambda file, bare=bare: torch.save(bare, file))
 
 
-def save_picture(folder, name, picture, **options):
-    utils.write_whole(folder / name, lambda file: picture.save(file, format=name.rsplit(".")[-1], **options))
+def check_finite(where, syn_lr, **values):
+    """Raise ReportedError, naming `where`, for the first of `values` that is not finite, or for α not positive."""
+    fault = next((f"{name} is not finite" for name, value in values.items() if not value.isfinite().all()), None)
+    if fault or not 0 < syn_lr < math.inf:
+        raise ReportedError(f"diverged at {where}: {fault or 'α is not positive'}, α = {syn_lr.item():.4g}. Lower "
+                            "--lr_lr, --lr_img, --lr_teacher or --syn_steps; the checkpoint before it is kept")
 
 
-def save_animation(folder):
-    """`animation.gif` of the run's grids, from the first iteration to the last."""
-    first, *others = sorted(folder.glob("grid_*.png"))
-    frames = (Image.open(path).convert("RGB") for path in others)  # opened one by one: with many images each is large
-    save_picture(folder, "animation.gif", Image.open(first).convert("RGB"), save_all=True, append_images=frames,
-                 duration=[200] * len(others) + [2000], loop=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights & Biases
-
-
-def start_wandb(folder, config, mode, project, entity):
-    """A wandb run that never asks and never fails the run: online when logged in and reachable, else offline."""
-    mode = mode or os.environ.get("WANDB_MODE")
-    options = {"dir": folder, "config": config, "project": project, "entity": entity, "name": folder.name,
-               "settings": wandb.Settings(silent=True, init_timeout=30)}
-    try:
-        if mode in (None, "online") and not wandb.login(prompt=False, verify=False):
-            if mode == "online":
-                warnings.warn("--wandb_mode=online, but nobody is logged in (wandb login): logging offline")
-            mode = "offline"
-        run = wandb.init(mode=mode or "online", **options)
-    except (wandb.Error, ValueError) as error:  # ValueError: of what WANDB_... variables may hold
-        warnings.warn(f"wandb cannot go online ({utils.first_line(error)}): logging offline")
-        try:
-            run = wandb.init(mode="offline", **options)
-        except (wandb.Error, ValueError) as error:
-            raise ReportedError(f"wandb: {utils.first_line(error)} (--wandb_mode=disabled does without)") from None
-    if run.settings.mode == "offline":
-        print(f"wandb logs offline; to upload: wandb sync {Path(run.dir).parent}")
-    elif run.url:
-        print(f"wandb: {run.url}")
-    return run
-
-
-def picture_log(image_syn, label_syn, data: Data, title, pictures):
-    """MTT's wandb keys for the images: a histogram; with `pictures` also the tensors, as they are and whitening undone.
-    """
-    log = {"Pixels": wandb.Histogram(image_syn)}
-    if not pictures:
-        return log
-    log["Synthetic_Pixels"] = log["Pixels"]
-    views = {"Synthetic": image_syn} | ({"Reconstructed": data.to_pixels(image_syn)} if data.zca else {})
-    for name, images in views.items():
-        log[f"{name}_Images"] = wandb.Image(draw_grid(images, label_syn, title))
-        log[f"Clipped_{name}_Images/std_2.5"] = wandb.Image(draw_grid(clip(images), label_syn, title))
-    if data.zca:
-        log["Reconstructed_Pixels"] = wandb.Histogram(views["Reconstructed"])
-    return log
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-
-
-def run_settings(flags):
-    """The flags, a dictionary, that a result depends on: all but paths, names and where it runs."""
-    left_out = ("data_path", "buffer_path", "log_dir", "run_name", "device", "load_all", "force_save")
-    return {key: value for key, value in flags.items() if key not in left_out and not key.startswith("wandb")}
-
-
-def run_folder(parent, name, settings):
-    """The run's folder below `parent`, `name` or after the settings. Raises ReportedError where another run has it."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-    zca = "_zca" if settings["zca"] else ""
-    folder = parent / (name or f"{settings['model']}_ipc{settings['ipc']}{zca}_seed{settings['seed']}_{digest}")
-    results = folder / "results.json"
-    if results.exists():
-        try:
-            record = utils.read_json(results, settings=dict)["settings"]
-        except ValueError as error:
-            raise ReportedError(f"{results} is damaged ({error}): remove it, or use another --run_name") from None
-        utils.check_record(folder, record, settings, "--run_name")
-    return folder
-
-
-class Evaluations:
-    """All evaluations of a run, oldest first, and which of them is the best (on average over the networks)."""
-
-    def __init__(self):
-        self.rows, self.best = [], None
-
-    def add(self, iteration, scores, syn_lr, losses, seconds):
-        """Take an evaluation; `losses` are those since the last one, and their mean is kept. True for a new best."""
-        loss = float(np.mean(losses)) if losses else None  # before the first iteration there is none
-        self.rows.append({"iteration": iteration, "syn_lr": syn_lr, "loss": loss, "seconds": round(seconds, 1),
-                          "scores": scores})
-        if self.best is None or mean_choice(scores) > mean_choice(self.best["scores"]):
-            self.best = self.rows[-1]
-        return self.best is self.rows[-1]
-
-    def log(self):
-        """The wandb keys of the latest evaluation."""
-        log = {}
-        for network, scores in self.rows[-1]["scores"].items():
-            best = max((row["scores"][network] for row in self.rows), key=lambda scores: scores.choice)
-            for prefix, part in (("", "test"), ("Validation_", "val")):
-                if getattr(scores, part):
-                    log |= {f"{prefix}Accuracy/{network}": np.mean(getattr(scores, part)),
-                            f"{prefix}Std/{network}": np.std(getattr(scores, part)),
-                            f"Max_{prefix}Accuracy/{network}": np.mean(getattr(best, part)),
-                            f"Max_{prefix}Std/{network}": np.std(getattr(best, part))}
-        return log
-
-    def table(self):
-        """Lines for the latest evaluation, one per network."""
-        row = self.rows[-1]
-        loss = "" if row["loss"] is None else f"{row['loss']:6.4f}"
-        return "\n".join(f"{row['iteration']:9d} {network:12} {scores}   {row['syn_lr']:8.5f}  {loss}"
-                         for network, scores in row["scores"].items())
-
-
-def mean_choice(scores):
-    return np.mean([score.choice for score in scores.values()])
-
-
-def check_progress(iteration, expert, start_epoch, loss, syn_lr, image_syn):
-    """Raise ReportedError where the run has diverged: loss, images or α not finite, or α not positive."""
-    if not (math.isfinite(loss) and math.isfinite(syn_lr) and syn_lr > 0 and image_syn.isfinite().all()):
-        raise ReportedError(
-            f"diverged at iteration {iteration} (expert {expert}, start epoch {start_epoch}): loss {loss:.4g}, "
-            f"α {syn_lr:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps; what was saved is kept")
-
-
-def save_results(folder, settings, data: Data, experts: Experts, baselines, evaluations: Evaluations):
+def save_results(folder, settings, data: Data, experts: Experts, state: State):
     """Write results.json: settings, versions, every evaluation's accuracies, and what they are compared with."""
-
-    def plain(rows):
-        return [row | {"scores": {network: vars(score) for network, score in row["scores"].items()}} for row in rows]
-
     results = {
         "settings": settings,
         "data": data.settings,
-        "experts": len(experts.trajectories),
+        "experts": len(experts.members),
         "versions": utils.versions(),
         "threads": torch.get_num_threads(),
-        "best_iteration": evaluations.best["iteration"],
-        "evaluations": plain(evaluations.rows),
-        "random_real": plain(baselines),
+        "best_iteration": state.evaluations.best["iteration"],
+        "evaluations": plain(state.evaluations.rows),
+        "random_real": plain(state.baselines),
         "experts_test_accuracy": experts.test_accuracies,
     }
-    utils.write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
 
 
-def summary(data: Data, experts: Experts, baselines, evaluations: Evaluations, num_images, folder):
+def summary(data: Data, experts: Experts, state: State, folder):
     """The closing table: what networks reach on random real images, on the distilled ones, on all training images."""
-    best = evaluations.best
+    best, num_images = state.evaluations.best, len(state.label_syn)
     rows = [("trained on", "α", "network", f"{'validation':^16}   {'test':^16}")]
-    for kind, evaluation in [*(("random real", baseline) for baseline in baselines), ("distilled", best)]:
+    for kind, evaluation in [*(("random real", baseline) for baseline in state.baselines), ("distilled", best)]:
         rows += [(f"{num_images} {kind} images", f"{evaluation['syn_lr']:.5f}", network, scores)
                  for network, scores in evaluation["scores"].items()]
     if experts.test_accuracies:
@@ -543,97 +334,138 @@ def summary(data: Data, experts: Experts, baselines, evaluations: Evaluations, n
     return f"\nBest iteration: {best['iteration']}\n{table}\nFiles: {folder}"
 
 
+def save_evaluation(folder, it, state: State, data: Data, title, *, tensors, pictures):
+    """Write the picture of an evaluation and, if `tensors`, the images themselves: what wandb logs of them."""
+    images = state.image_syn.detach().cpu()
+    picture = report.draw_grid(report.clip(data.to_pixels(images)), state.label_syn, title)
+    report.save_picture(folder, f"grid_{it:06d}.png", picture)
+    if not tensors:
+        return {}
+    tags = [it, "best"] if state.evaluations.best is state.evaluations.rows[-1] else [it]
+    save_synthetic(folder, tags, images, state.label_syn, state.syn_lr, data)
+    return report.picture_log(images, state.label_syn, data, title, pictures)
+
+
+def distill(state: State, path, run, evaluate_random_real, evaluate_synthetic, update, *, iterations, eval_it,
+            checkpoint_every):
+    """From what `state` has reached to the end. A checkpoint goes to `path` as often as asked for, and on a signal.
+
+    `update(it)` and `evaluate_synthetic(it)` change the state, and return what wandb's `run` logs of it;
+    `evaluate_random_real(alpha)` adds a baseline.
+    """
+    with stop:
+        try:
+            if state.losses:
+                print(f"going on at iteration {len(state.losses)}; to begin anew, remove {path.parent}")
+            print(Evaluations.header, flush=True)
+            if not state.baselines:
+                evaluate_random_real(state.syn_lr.item())
+            with tqdm(total=iterations, initial=len(state.losses), mininterval=1) as bar:
+                for it in range(len(state.losses), iterations + 1):
+                    stop.check()
+                    log = {"Progress": it, "Synthetic_LR": state.syn_lr.item()}
+                    due = (it % eval_it == 0 or it == iterations) and not state.evaluations.has(it)
+                    if due:
+                        log |= evaluate_synthetic(it)
+                    run.log(log, step=it)
+                    if due or it % checkpoint_every == 0:
+                        state.save(path)
+                    if it < iterations:
+                        run.log(update(it), step=it)
+                        bar.set_postfix(loss=f"{state.losses[-1]:.4f}", α=f"{state.syn_lr.item():.5f}", refresh=False)
+                        bar.update()
+            best = state.evaluations.best
+            if best["iteration"] and len(state.baselines) == 1:  # what of the gain is due to the learned α
+                evaluate_random_real(best["syn_lr"])
+        except Stopped:
+            state.save(path)
+            run.finish()
+            raise
+
+
 def main():
     args = parse_args()
     device = utils.check_device(args.device)
+    flags = as_flags(vars(args))  # as they were given
     args.amp = utils.check_amp(args.amp, device)
     pool = list(dict.fromkeys(args.model if name == "model" else name for name in EVAL_POOLS[args.eval_mode]))
 
     student = make_student(args.model, args.amp, device)  # refuses names before loading
-    files = find_experts(utils.expert_folder(args.buffer_path, args.dataset, args.zca, args.model))[:args.max_files]
-    experts = load_experts(files, student.shapes, args.max_experts)
+    experts = load_experts(expert_folder(args.buffer_path, args.dataset, args.zca, args.model), student.shapes,
+                           args.max_files, args.max_experts, args.skip_damaged)
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
     experts.check_settings({"val_fraction": args.val_fraction})  # before whitening another split for minutes
+    experts = experts.check_segments(args.max_start_epoch, args.expert_epochs, args.skip_damaged)
     data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
     experts.check_settings(data.settings | {"model": args.model})
     settings = run_settings(vars(args)) | {"data": data.settings["digest"], "experts": experts.digest()}
-    folder = run_folder(args.log_dir / args.dataset, args.run_name, settings)
+    folder = args.resume or run_folder(args.log_dir / args.dataset, args.run_name, settings)
     if args.load_all:
         experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
 
     random = utils.make_generator("distillation", args.seed)
     windows, canvas_size = (args.canvas_samples, args.canvas_size) if args.texture else (0, 1)
-    image_syn, label_syn = initial_images(data, args.ipc, args.pix_init, canvas_size, random)
-    image_syn, label_syn = image_syn.to(device).requires_grad_(True), label_syn.to(device)
-    syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # α
-    optimizer_img = torch.optim.SGD([image_syn], lr=args.lr_img, momentum=0.5)
-    optimizer_lr = torch.optim.SGD([syn_lr], lr=args.lr_lr, momentum=0.5)
+    state = State(*initial_images(data, args.ipc, args.pix_init, canvas_size, random), args.lr_teacher, random,
+                  lr_img=args.lr_img, lr_lr=args.lr_lr, device=device)
+    draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
+    real_sets = [random_real(data, args.ipc, draw) for draw in draws]
 
     augment = utils.make_augment(args.dsa, args.dsa_strategy)
     prepare_student = make_prepare(augment if args.dsa and not args.no_aug else None, windows)
     prepare_eval = make_prepare(augment, windows)
     runner = utils.Runner(args.compile, args.amp)
     unroll = UNROLLS[args.unroll](student, runner.function)
-    sgd_steps = {name: make_sgd_step(name, runner, device) for name in pool}
-
-    def evaluate_pool(training_sets, alpha, prepare, *key):
-        more = {"key": (args.seed, *key), "epochs": args.epoch_eval_train, "batch_train": args.batch_train,
-                "batch_real": args.batch_real}
-        return {name: evaluate(name, training_sets, alpha, data, runner, prepare, step=step, **more)
-                for name, step in sgd_steps.items()}
-
-    draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
-    real_sets = [random_real(data, args.ipc, draw) for draw in draws]
+    evaluated = partial(evaluate_pool, {name: make_sgd_step(name, runner, device) for name in pool}, data=data,
+                        runner=runner, epochs=args.epoch_eval_train, batch_train=args.batch_train,
+                        batch_real=args.batch_real)
 
     def evaluate_random_real(alpha):
-        return {"syn_lr": alpha, "scores": evaluate_pool(real_sets, alpha, augment, "random real")}
+        scores = evaluated(real_sets, alpha, prepare=augment, key=(args.seed, "random real"))
+        state.baselines.append({"syn_lr": alpha, "scores": scores})
 
-    folder.mkdir(parents=True, exist_ok=True)
-    run = start_wandb(folder, settings, args.wandb_mode, args.wandb_project, args.wandb_entity)
-    print(f"{len(label_syn)} synthetic images, {len(experts.trajectories)} experts; results in {folder}")
-    print(f"{'iteration':>9} {'network':12} {'validation':^16}   {'test':^16}   {'α':>8}  {'loss':>6}", flush=True)
-    start, losses, evaluations = time.time(), [], Evaluations()
-    baselines = [evaluate_random_real(args.lr_teacher)]
-    with tqdm(total=args.Iteration, mininterval=1) as bar:
-        for it in range(args.Iteration + 1):
-            log = {"Progress": it, "Synthetic_LR": syn_lr.item()}
-            if it % args.eval_it == 0 or it == args.Iteration:
-                images = image_syn.detach().clone()
-                scores = evaluate_pool([(images, label_syn)] * args.num_eval, syn_lr.item(), prepare_eval, it)
-                is_best = evaluations.add(it, scores, syn_lr.item(), losses, time.time() - start)
-                bar.write(evaluations.table())
-                log |= evaluations.log()
-                losses.clear()
-                title = f"{args.dataset}, {args.model}, iteration {it}"
-                save_picture(folder, f"grid_{it:06d}.png", draw_grid(clip(data.to_pixels(images)), label_syn, title))
-                if is_best or it % 1000 == 0 or it == args.Iteration:
-                    save_synthetic(folder, [it, "best"] if is_best else [it], images, label_syn, syn_lr, data)
-                    pictures = args.ipc < 50 or args.force_save
-                    log |= picture_log(images.cpu(), label_syn, data, title, pictures)
-                save_results(folder, settings, data, experts, baselines, evaluations)
-            if it == args.Iteration:
-                run.log(log, step=it)
-                break
+    def evaluate_synthetic(it):
+        """Evaluate, save, print: what wandb logs of it."""
+        sets, alpha = [(state.image_syn.detach().clone(), state.label_syn)] * args.num_eval, state.syn_lr.item()
+        scores = evaluated(sets, alpha, prepare=prepare_eval, key=(args.seed, it))
+        is_best = state.evaluations.add(it, scores, alpha, state.losses, state.elapsed())
+        tqdm.write(state.evaluations.table())
+        save_results(folder, settings, data, experts, state)
+        title = f"{args.dataset}, {args.model}, iteration {it}"
+        return state.evaluations.log() | save_evaluation(
+            folder, it, state, data, title, tensors=is_best or it % 1000 == 0 or it == args.Iteration,
+            pictures=args.ipc < 50 or args.force_save)
 
-            expert = int(torch.randint(len(experts.trajectories), (1,), generator=random))
-            start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=random))
-            batches = synthetic_batches(image_syn, label_syn, args.syn_steps, args.batch_syn, prepare_student, random)
-            segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
-            loss, image_syn.grad, syn_lr.grad = unroll(*segment, image_syn, syn_lr, batches)
-            optimizer_img.step()
-            optimizer_lr.step()
-            losses.append(loss.item())
-            check_progress(it, expert, start_epoch, losses[-1], syn_lr.item(), image_syn)
-            run.log(log | {"Grand_Loss": losses[-1], "Start_Epoch": start_epoch}, step=it)
-            bar.set_postfix(loss=f"{losses[-1]:.4f}", α=f"{syn_lr.item():.5f}", refresh=False)
-            bar.update()
-    if evaluations.best["iteration"]:  # how much of the gain is due to the learned α, and how much to the images
-        baselines.append(evaluate_random_real(evaluations.best["syn_lr"]))
-        save_results(folder, settings, data, experts, baselines, evaluations)
-    save_animation(folder)
-    print(summary(data, experts, baselines, evaluations, len(label_syn), folder), flush=True)
-    run.finish()
+    def update(it):
+        """An iteration of distillation: what wandb logs of it."""
+        expert = int(torch.randint(len(experts.members), (1,), generator=random))
+        start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=random))
+        where = f"iteration {it} ({experts.members[expert].name}, start epoch {start_epoch})"
+        batches = synthetic_batches(state.image_syn, state.label_syn, args.syn_steps, args.batch_syn, prepare_student,
+                                    random)
+        segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
+        loss, *gradients = unroll(*segment, state.image_syn, state.syn_lr, batches)
+        check_finite(where, state.syn_lr, loss=loss, **dict(zip(("∂L/∂images", "∂L/∂α"), gradients)))
+        state.step(loss, *gradients)
+        check_finite(where, state.syn_lr, images=state.image_syn)
+        return {"Grand_Loss": state.losses[-1], "Start_Epoch": start_epoch}
+
+    with files.locked(folder, wait=False) as mine:
+        if not mine:
+            raise ReportedError(f"another process is at work on the run in {folder}: use another --run_name")
+        run_id = open_run(folder, settings, flags)
+        state.load(folder / CHECKPOINT)
+        if not state.finished:
+            run = report.start_wandb(folder, run_id, settings, args.wandb_mode, args.wandb_project, args.wandb_entity)
+            print(f"{len(state.label_syn)} synthetic images, {len(experts.members)} experts; results in {folder}")
+            distill(state, folder / CHECKPOINT, run, evaluate_random_real, evaluate_synthetic, update,
+                    iterations=args.Iteration, eval_it=args.eval_it, checkpoint_every=args.checkpoint_every)
+            save_results(folder, settings, data, experts, state)
+            report.save_animation(folder)
+            run.finish()
+            state.finished = True
+            state.save(folder / CHECKPOINT)
+        print(summary(data, experts, state, folder), flush=True)
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    utils.run_script(main, less_memory="lower --ipc, --batch_syn or --batch_train, use --amp, or --unroll=adjoint")

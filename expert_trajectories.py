@@ -4,20 +4,24 @@
         --buffer_path=BUF --data_path=DATA
 
 writes BUF/EuroSAT/ConvNet/replay_buffer_0.pt, ..., ten experts in each: lists of experts, of snapshots, of tensors, as
-MTT's `buffer.py` does. Beside each file, a .json records what the experts were trained on and how, and how well they
-did. Every expert is saved as soon as it is trained. Run again, the command adds those that are missing: expert k
-depends on seed + k and nothing else.
+MTT's `buffer.py` does. Beside each file, a .json records what the experts were trained on and how, how well they did,
+and a checksum. Every expert is saved as soon as it is trained. Run again, the command adds those that are missing:
+expert k depends on seed + k and nothing else. Any number of such processes, on any machines, can share one folder.
 
 With --amp on one core of an AMD EPYC, eight epochs of EuroSAT take ConvNetW32 four minutes, and ConvNet half an hour.
 """
 
 import time
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
 
+import files
 import utils
-from utils import Data, ReportedError
+from files import ReportedError
+from trajectories import add_expert, expert_files, expert_folder, read_record, read_trajectories
+from utils import Data
 
 
 def parse_args():
@@ -44,10 +48,10 @@ def train_expert(network, logits, data: Data, augment, generator, bar, *, epochs
     trajectory, curves = [snapshot(network)], {"loss": [], "train_accuracy": [], "test_accuracy": []}
     for epoch in range(epochs):
         loss, train_accuracy = utils.train_epoch(logits, optimizer, *data.train, batch_size, augment, generator, bar)
-        if not loss.isfinite():
-            raise ReportedError(f"an expert diverged in epoch {epoch + 1}: lower --lr_teacher={lr} or --mom={mom}")
         test_accuracy = utils.accuracy(network, logits, *data.test, batch_size)
         trajectory.append(snapshot(network))
+        if not (loss.isfinite() and all(p.isfinite().all() for p in trajectory[-1])):
+            raise ReportedError(f"an expert diverged in epoch {epoch + 1}: lower --lr_teacher={lr} or --mom={mom}")
         for curve, value in zip(curves.values(), (loss, train_accuracy, test_accuracy)):
             curve.append(round(float(value), 6))
         bar.set_postfix(loss=f"{loss:.3f}", train=f"{train_accuracy:.1%}", test=f"{test_accuracy:.1%}")
@@ -56,24 +60,37 @@ def train_expert(network, logits, data: Data, augment, generator, bar, *, epochs
     return trajectory, curves
 
 
-def read_group(folder, settings, save_interval):
-    """What a folder holds already, checked against `settings`.
+def experts_in(folder, settings, read=read_record):
+    """Seeds of the experts that a folder holds. Raises ReportedError where they were made with other `settings`.
 
-    Returns the number of files of whole groups and of the experts in them, and the trajectories and records of a last,
-    partial group, which is to be completed.
+    `read` is what a file's record is read with.
     """
-    num_files, num_experts = 0, 0
-    files = utils.expert_files(folder)
-    for path in files:
-        record = utils.read_record(path)
-        if record is None:
-            raise ReportedError(f"{path} has no record of its settings: remove it, or use another --buffer_path")
-        utils.check_record(path, record["settings"] | record["training"], settings)
-        if path == files[-1] and len(record["experts"]) < save_interval:
-            # The record is written last: experts beyond it come from a run that was killed in between.
-            return num_files, num_experts, utils.read_trajectories(path)[:len(record["experts"])], record["experts"]
-        num_files, num_experts = num_files + 1, num_experts + len(record["experts"])
-    return num_files, num_experts, [], []
+    seeds = set()
+    if not folder.exists():
+        return seeds
+    with files.locked(folder):  # file and record are never seen while one of them is being replaced
+        for path in expert_files(folder):
+            record = read(path)
+            if record is None:
+                raise ReportedError(f"{path} has no record of its settings: remove it, or use another --buffer_path")
+            files.check_record(path, record["settings"] | record["training"], settings)
+            seeds |= {expert["seed"] for expert in record["experts"]}
+    return seeds
+
+
+@contextmanager
+def claim(folder, settings, seeds):
+    """The first of `seeds` whose expert is neither in the folder nor being trained by another process, or None.
+
+    The expert belongs to this process until the end of the block, or until the process dies.
+    """
+    missing = [seed for seed in seeds if seed not in experts_in(folder, settings)]
+    for seed in missing:
+        with files.locked(folder, f".expert_{seed}.lock", wait=False) as mine:
+            if mine and seed not in experts_in(folder, settings):  # another may have finished it in between
+                yield seed
+                return
+    yield None
 
 
 def main():
@@ -81,39 +98,43 @@ def main():
     device = utils.check_device(args.device)
     args.amp = utils.check_amp(args.amp, device)
     utils.initial_network(args.model, utils.make_generator(0), device)  # before the data: refuses unknown names
-    data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
-    augment = utils.make_augment(args.dsa, args.dsa_strategy)
-    runner = utils.Runner(args.compile, args.amp)
 
     hyperparameters = {"epochs": args.train_epochs, "batch_size": args.batch_train, "lr": args.lr_teacher,
                        "mom": args.mom, "l2": args.l2, "decay": args.decay}
-    settings = data.settings | {"model": args.model}
     training = hyperparameters | {"dsa": args.dsa and args.dsa_strategy, "amp": args.amp, "seed": args.seed}
-    folder = utils.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
-    file, done, trajectories, experts = read_group(folder, settings | training, args.save_interval)
-    done += len(experts)
+    folder = expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
+    experts_in(folder, training | {"val_fraction": args.val_fraction})  # refused before minutes of whitening
+    data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
+    augment = utils.make_augment(args.dsa, args.dsa_strategy)
+    runner = utils.Runner(args.compile, args.amp)
+    settings = data.settings | {"model": args.model}
+    record = {"settings": settings, "training": training, "versions": utils.versions()}
+
     folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is better found out now
+    done = experts_in(folder, settings | training, read=lambda path: read_trajectories(path)[1])  # with checksums
+    seeds = range(args.seed, args.seed + args.num_experts)
     print(f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test images; "
-          f"{done} of {args.num_experts} experts are in {folder}")
+          f"{len(done.intersection(seeds))} of {args.num_experts} experts are in {folder}", flush=True)
 
     batches = -(-len(data.train[1]) // args.batch_train)
-    for k in range(done, args.num_experts):
-        generator, start = utils.make_generator("expert", args.seed + k), time.time()
-        network = utils.initial_network(args.model, generator, device)
-        with tqdm(total=args.train_epochs * batches, desc=f"expert {k}", unit="batches", mininterval=1) as bar:
-            trajectory, curves = train_expert(network, runner(network), data, augment, generator, bar,
-                                              **hyperparameters)
-        trajectories.append(trajectory)
-        experts.append({"seed": args.seed + k, "seconds": round(time.time() - start, 1)} | curves)
-        record = {"settings": settings, "training": training, "versions": utils.versions(), "experts": experts}
-        path = folder / f"replay_buffer_{file}.pt"
-        utils.write_trajectories(path, trajectories, record)
-        trajectories = utils.read_trajectories(path)  # by memory map, to have no more than one expert in memory
-        if len(trajectories) == args.save_interval or k == args.num_experts - 1:
-            print(f"saved {path}: {len(experts)} experts")
-        if len(trajectories) == args.save_interval:
-            file, trajectories, experts = file + 1, [], []
+    while True:
+        with claim(folder, settings | training, seeds) as seed:
+            if seed is None:
+                break
+            generator, start = utils.make_generator("expert", seed), time.time()
+            network = utils.initial_network(args.model, generator, device)
+            with tqdm(total=args.train_epochs * batches, desc=f"expert {seed - args.seed}", unit="batches",
+                      mininterval=1) as bar:
+                trajectory, curves = train_expert(network, runner(network), data, augment, generator, bar,
+                                                  **hyperparameters)
+            expert = {"seed": seed, "seconds": round(time.time() - start, 1)} | curves
+            path = folder / f"replay_buffer_{(seed - args.seed) // args.save_interval}.pt"
+            with files.locked(folder):
+                add_expert(path, trajectory, expert, record)
+    done = experts_in(folder, settings | training).intersection(seeds)
+    others = ", others are being trained by other processes" if len(done) < args.num_experts else ""
+    print(f"{len(done)} of {args.num_experts} experts are in {folder}{others}")
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    utils.run_script(main, less_memory="lower --batch_train, or use --amp")

@@ -11,10 +11,10 @@ training and evaluating a network
 import argparse
 import ctypes
 import hashlib
-import json
 import math
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -34,6 +34,8 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import files
+from files import ReportedError, first_line
 from networks import ALIASES, get_network
 from toysat import draw_toysat
 
@@ -41,10 +43,6 @@ from toysat import draw_toysat
 # Shared flags and seeding
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
-
-
-class ReportedError(Exception):
-    """A fault that the user can mend. `run_script` prints it as one line and exits with 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,20 +67,61 @@ def keep_freed_memory():
     mallopt(mmap_max, 0)
 
 
-def run_script(main):
-    """Run a script's `main`; a fault that the user can mend becomes one line on standard error and exit code 2."""
+class Stopped(Exception):
+    """SIGTERM or SIGINT came, see `Stop`; `run_script` exits with 128 + the signal's number, as shells expect."""
+
+
+class Stop:
+    """Within `with stop:`, SIGTERM and SIGINT only leave a note, and `stop.check()` raises `Stopped` where it suits.
+
+    A second signal ends the process at once, as ever.
+    """
+
+    def __init__(self):
+        self.signal, self.handlers = None, {}
+
+    def __enter__(self):
+        self.signal = None
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def check(self):
+        if self.signal:
+            raise Stopped(self.signal)
+
+
+stop = Stop()  # one for the process, as signal handlers are
+
+
+def run_script(main, less_memory):
+    """Run a script's `main`; a fault that the user can mend becomes one line on standard error and exit code 2.
+
+    `less_memory` says which flags need less of it.
+    """
     keep_freed_memory()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         main()
     except (ReportedError, OSError) as error:  # an OSError names the file that cannot be read or written, and why
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def first_line(error):
-    """An exception's message in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+        code, text = 2, f"error: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if not files.is_out_of_memory(error):
+            raise
+        code, text = 2, f"error: out of memory ({first_line(error)}): {less_memory}"
+    except (Stopped, KeyboardInterrupt) as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        code, text = 128 + number, f"stopped by {signal.Signals(number).name}; the same command goes on from here"
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    sys.exit(code)
 
 
 def boolean(text):
@@ -109,7 +148,7 @@ def number(kind, minimum, *, exclusive=False, below=math.inf):
     return parse
 
 
-count = number(int, 1)
+count = number(int, 1, below=2**31)
 positive, not_negative = number(float, 0, exclusive=True, below=1e30), number(float, 0, below=1e30)  # fit into float32
 
 
@@ -200,53 +239,6 @@ def versions():
             "kornia": kornia.__version__, "numpy": np.__version__}
 
 
-def write_whole(path, write):
-    """Write a file whole or not at all: `write(file)` to a temporary one, then rename. Raises OSError with the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
-        raise OSError(f"{path} cannot be written ({first_line(error)})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def read_json(path, **kinds):
-    """The entries `kinds` (key=type) of a JSON object in a file. Raises ValueError where they are not there."""
-    content = json.loads(path.read_text())
-    for key, kind in kinds.items():
-        if not (isinstance(content, dict) and isinstance(content.get(key), kind)):
-            raise ValueError(f"it has no {key!r} of type {kind.__name__}")
-    return {key: content[key] for key in kinds}
-
-
-def read_cache(path, *keys):
-    """The entries `keys` that `write_cache` wrote, tensors mapped into memory; None where there is no such file."""
-    try:
-        content = dict(torch.load(path, mmap=True, weights_only=True))
-        return {key: content[key] for key in keys}
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
-        warnings.warn(f"{path} cannot be read ({first_line(error)}); it is made anew")
-        return None
-
-
-def write_cache(path, content):
-    """Write a dictionary of tensors and strings, which takes time to make. Where that fails, warn and go on."""
-    try:
-        write_whole(path, lambda file: torch.save(content, file))
-    except OSError as error:
-        warnings.warn(f"{first_line(error)}: it will be made again next time")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # EuroSAT, ToySAT, splits
 
@@ -256,6 +248,7 @@ IM_SIZE = 64
 EUROSAT_FOLDERS = (".", "2750", "EuroSAT_RGB", "eurosat/2750")
 EUROSAT_ARCHIVES = ("EuroSAT.zip", "EuroSAT_RGB.zip")
 EUROSAT_CACHE = "eurosat_cache.pt"
+ARCHIVE_LIMIT = 2 * 10**9  # bytes that an archive may unpack to
 
 
 def load_eurosat(data_path):
@@ -264,20 +257,21 @@ def load_eurosat(data_path):
     The first call decodes the JPEGs in parallel and leaves one cache file in `data_path`; it is used as long as no
     file's name, size or time changes. Raises ReportedError where the data cannot be had, is incomplete or damaged.
     """
-    folder = find_eurosat(data_path)
-    paths = [list_jpegs(folder, name) for name in CLASS_NAMES]
-    labels = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(files) for files in paths]))
-    paths = [path for files in paths for path in files]
-    stats = [(path, (stat := os.stat(folder / path)).st_size, stat.st_mtime_ns) for path in paths]
-    fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
-    cache = data_path / EUROSAT_CACHE
-    cached = read_cache(cache, "fingerprint", "images", "labels", "digest")
-    if cached and cached["fingerprint"] == fingerprint:
-        return cached["images"], cached["labels"], cached["digest"]
-    images = decode_jpegs([folder / path for path in paths])
-    made = {"fingerprint": fingerprint, "images": images, "labels": labels, "digest": data_digest(images, labels)}
-    write_cache(cache, made)
-    return images, labels, made["digest"]
+    with files.locked(data_path, reader=True):  # of several processes, one decodes, and the others read its cache
+        folder = find_eurosat(data_path)
+        paths = [list_jpegs(folder, name) for name in CLASS_NAMES]
+        labels = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(files) for files in paths]))
+        paths = [path for files in paths for path in files]
+        stats = [(path, (stat := os.stat(folder / path)).st_size, stat.st_mtime_ns) for path in paths]
+        fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
+        cache = data_path / EUROSAT_CACHE
+        cached = files.read_cache(cache, "fingerprint", "images", "labels", "digest")
+        if cached and cached["fingerprint"] == fingerprint:
+            return cached["images"], cached["labels"], cached["digest"]
+        images = decode_jpegs([folder / path for path in paths])
+        made = {"fingerprint": fingerprint, "images": images, "labels": labels, "digest": data_digest(images, labels)}
+        files.write_cache(cache, made)
+        return images, labels, made["digest"]
 
 
 def data_digest(images, labels):
@@ -305,8 +299,6 @@ def find_eurosat(data_path):
     try:
         return download_eurosat(data_path)
     except Exception as error:  # torchvision passes on whatever the network raises
-        if data_path.is_dir() and not any(data_path.iterdir()):
-            data_path.rmdir()  # as it was
         raise ReportedError(
             f"EuroSAT is not in --data_path={data_path}: looked for class folders ({CLASS_NAMES[0]}, ...) in "
             f"{', '.join(EUROSAT_FOLDERS)} and for {' or '.join(EUROSAT_ARCHIVES)}, and the download failed ({error}). "
@@ -317,21 +309,25 @@ def find_eurosat(data_path):
 def download_eurosat(data_path):
     """Let torchvision fetch and unpack EuroSAT; returns the folder of its class folders, `2750/` in `data_path`."""
     data_path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_path, prefix=".download") as temporary:
+    with tempfile.TemporaryDirectory(dir=data_path, prefix=".download", suffix=".tmp") as temporary:
         torchvision.datasets.EuroSAT(temporary, download=True)
         return (Path(temporary) / "eurosat" / "2750").rename(data_path / "2750")  # whole or not at all
 
 
 def unpack_eurosat(archive):
     """Unpack the JPEGs of EuroSAT's class folders, wherever they lie in the archive, into `2750/` beside it."""
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack") as temporary:
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack", suffix=".tmp") as temporary:
         unpacked = Path(temporary) / "2750"
         unpacked.mkdir()
         try:
             with zipfile.ZipFile(archive) as zipped:
-                for member in tqdm(zipped.infolist(), desc=f"unpacking {archive.name}"):
-                    *_, folder, name = ("", "", *member.filename.split("/"))
-                    if folder in CLASS_NAMES and is_jpeg(name):
+                members = [member for member in zipped.infolist() if is_jpeg(Path(member.filename).name)]
+                size = sum(member.file_size for member in members)  # more than that, zipfile does not read
+                if size > ARCHIVE_LIMIT:
+                    raise ReportedError(f"{archive} unpacks to {size / 1e9:.0f} GB, EuroSAT to 0.1: fetch it again")
+                for member in tqdm(members, desc=f"unpacking {archive.name}"):
+                    *_, folder, name = ("", *member.filename.split("/"))  # all else of the path is left out
+                    if folder in CLASS_NAMES:
                         path = unpacked / folder / name
                         path.parent.mkdir(exist_ok=True)
                         path.write_bytes(zipped.read(member))
@@ -364,11 +360,12 @@ def decode_jpegs(paths):
     def decode(index):
         try:
             with Image.open(paths[index]) as image:
-                pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
+                size = image.size  # looked at before decoding: a file of a few bytes can hold gigabytes of one colour
+                pixels = np.asarray(image.convert("RGB")) if size == (IM_SIZE, IM_SIZE) else None  # (H, W, 3)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
             raise ReportedError(f"{paths[index]} cannot be decoded ({error}): replace it") from None
-        if pixels.shape[:2] != (IM_SIZE, IM_SIZE):
-            raise ReportedError(f"{paths[index]} is {pixels.shape[1]}x{pixels.shape[0]} pixels; "
+        if pixels is None:
+            raise ReportedError(f"{paths[index]} is {size[0]}x{size[1]} pixels; "
                                 f"EuroSAT's images are {IM_SIZE}x{IM_SIZE}: replace it")
         images[index] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
@@ -480,7 +477,7 @@ def whiten(images, train, cache):
     back by memory map.
     """
     zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
-    if cached := read_cache(cache, "images", "mean", "transform", "inverse"):
+    if cached := files.read_cache(cache, "images", "mean", "transform", "inverse"):
         images, zca.mean_vector, zca.transform_matrix, zca.transform_inv = cached.values()
         zca.fitted = True
         return images, zca
@@ -490,7 +487,7 @@ def whiten(images, train, cache):
     for part, out in zip(images.split(2048), white.split(2048)):
         out.copy_(zca(part.float().div_(255)))
     fit = {"mean": zca.mean_vector, "transform": zca.transform_matrix, "inverse": zca.transform_inv}
-    write_cache(cache, fit | {"images": white})
+    files.write_cache(cache, fit | {"images": white})
     return white, zca
 
 
@@ -521,7 +518,8 @@ def load_data(dataset, data_path, zca, val_fraction, device):
     if zca:
         settings["zca_eps"] = ZCA_EPS
         key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
-        images, whitening = whiten(images, split.train, data_path / f"zca_{key}.pt")
+        with files.locked(data_path, reader=True):  # of several processes, one whitens, and the others read its cache
+            images, whitening = whiten(images, split.train, data_path / f"zca_{key}.pt")
     else:
         settings |= {"mean": mean, "std": std}
         shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
@@ -666,69 +664,6 @@ def plain_augment(x, generator):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Trajectory files
-
-
-def expert_folder(buffer_path, dataset, zca, model):
-    """Where the trajectory files of these experts lie, as in MTT."""
-    return buffer_path / (dataset if zca else f"{dataset}_NO_ZCA") / model
-
-
-def expert_files(folder):
-    """`replay_buffer_0.pt`, `replay_buffer_1.pt`, ..., none or more. Raises ReportedError where one is missing."""
-    found = sum(path.stem.removeprefix("replay_buffer_").isdecimal() for path in folder.glob("replay_buffer_*.pt"))
-    files = [folder / f"replay_buffer_{number}.pt" for number in range(found)]
-    for path in files:
-        if not path.exists():
-            raise ReportedError(f"{path} is missing, while there are later ones: put it back, or use another "
-                                "--buffer_path")
-    return files
-
-
-def write_trajectories(path, trajectories, record):
-    """Write experts as MTT does (list of experts, of snapshots, of tensors), and `record` beside them as JSON.
-
-    A process killed in between leaves fewer experts in the record than in the file, and never a file without a record.
-    """
-    if not path.exists():
-        write_json(path.with_suffix(".json"), record | {"experts": []})
-    write_whole(path, lambda file: torch.save(trajectories, file))
-    write_json(path.with_suffix(".json"), record)
-
-
-def read_trajectories(path):
-    """A trajectory file by memory map: experts' snapshots cost no memory until they are used."""
-    try:
-        level = [trajectories := torch.load(path, mmap=True, weights_only=True)]
-        for kind in (list, list, list, torch.Tensor):  # all experts, one, a snapshot, a tensor of it
-            if not all(isinstance(part, kind) and len(part) for part in level):
-                raise TypeError("not a list of experts, of snapshots, of tensors")
-            level = [part for parts in level for part in parts] if kind is list else level
-        return trajectories
-    except Exception as error:  # torch.load raises whatever the file's bytes happen to trigger
-        raise ReportedError(f"{path} is no trajectory file ({first_line(error)}): remove it, train again") from None
-
-
-def read_record(path):
-    """The record beside a trajectory file; None where there is none, as with MTT's own files."""
-    try:
-        return read_json(path.with_suffix(".json"), settings=dict, training=dict, experts=list)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ReportedError(f"{path.with_suffix('.json')} is damaged ({error}): remove it with its .pt file, "
-                            "train again") from None
-
-
-def check_record(path, record, settings, remedy="--buffer_path"):
-    """Raise ReportedError, naming what differs, where a file's record disagrees with `settings` (a dictionary)."""
-    different = ", ".join(f"{key}={record.get(key)!r} (here {value!r})"
-                          for key, value in settings.items() if record.get(key) != value)
-    if different:
-        raise ReportedError(f"{path} was made with other settings: {different}. Use the same, or another {remedy}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training and evaluating a network
 
 
@@ -838,19 +773,6 @@ def accuracy(network, logits, images, labels, batch_size):
         predicted.append(logits(padded)[: len(x)].argmax(1))
     network.train()
     return (torch.cat(predicted) == labels).double().mean().item()
-
-
-def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch_size, prepare, generator, name):
-    """Train a fresh network on a synthetic set, as MTT's evaluation does, under a progress bar called `name`.
-
-    `epochs` + 1 epochs of SGD at `syn_lr` with momentum 0.9 and weight decay 5e-4; after epoch `epochs // 2 + 1`, a
-    tenth of the rate and a fresh optimiser.
-    """
-    optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr, momentum=0.9, weight_decay=5e-4)
-    for epoch in tqdm(range(epochs + 1), desc=name, unit="epochs", mininterval=1, leave=False):
-        train_epoch(logits, optimizer, image_syn, label_syn, batch_size, prepare, generator)
-        if epoch == epochs // 2 + 1:
-            optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr * 0.1, momentum=0.9, weight_decay=5e-4)
 
 
 def make_augment(dsa, strategy):

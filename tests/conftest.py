@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from wandb.proto import wandb_internal_pb2
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA starts: bit-identical runs are promised for a CPU
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,32 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("bfloat16"):
                 item.add_marker(pytest.mark.skip(reason="this processor does not compute in bfloat16"))
+
+
+def history(folder):
+    """The rows that an offline run logged, as dictionaries, from its first start to its last."""
+    rows = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        rows += history_of(path.read_bytes())
+    return rows
+
+
+def history_of(content):
+    """The rows in one .wandb file, a LevelDB log of protobuf records."""
+    block, position, part, rows = 32768, 7, b"", []
+    while position + 7 <= len(content):
+        if block - position % block < 7:  # no record starts in the last bytes of a block
+            position += block - position % block
+            continue
+        length, kind = int.from_bytes(content[position + 4:position + 6], "little"), content[position + 6]
+        part += content[position + 7:position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record, part = wandb_internal_pb2.Record.FromString(part), b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or "|".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
 
 
 @pytest.fixture(scope="session")

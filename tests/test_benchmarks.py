@@ -19,7 +19,7 @@ def bench(*flags, cwd):
 
 
 def test_a_short_benchmark_prints_a_table_and_writes_it_as_json(tmp_path):
-    out = bench("--model=ConvNetD1", "--steps", "2", "--repeat=2", "--epochs=1", "--no-compile", "--no-amp",
+    out = bench("--model=ConvNetD1", "--steps", "2", "--repeat=2", "--epochs=10", "--no-compile", "--no-amp",
                 "--device=cpu", cwd=tmp_path)
     results = json.loads((tmp_path / "benchmarks.json").read_text())
     assert [(row["engine"], row["steps"], len(row["seconds"])) for row in results["iterations"]] == [
@@ -36,13 +36,17 @@ def test_a_short_benchmark_prints_a_table_and_writes_it_as_json(tmp_path):
 def test_memory_of_the_adjoint_does_not_grow_with_the_steps_but_for_parameters_and_augmented_images(tmp_path):
     flags = {"what": "iteration", "device": "cpu", "model": "ConvNetW32", "ipc": 1, "unroll": "adjoint", "amp": False,
              "compile": False, "repeat": 0}
-    short, long = (json.loads(bench("--child", json.dumps(flags | {"steps": steps}), cwd=tmp_path))["peak"]
-                   for steps in (10, 80))
+
+    def peak(times=3, **more):
+        """The least of several processes: by fragmentation of the heap, tens of megabytes come and go with chance."""
+        return min(json.loads(bench("--child", json.dumps(flags | more), cwd=tmp_path))["peak"] for _ in range(times))
+
+    short, long = peak(steps=10), peak(steps=80)
     network = utils.initial_network("ConvNetW32", utils.make_generator(0), "cpu")
     parameters = sum(p.numel() for p in network.parameters())
     assert long - short <= 0.05 * short + 70 * 4 * (parameters + 10 * 3 * 64 * 64)
-    graph = json.loads(bench("--child", json.dumps(flags | {"unroll": "autograd", "steps": 10}), cwd=tmp_path))["peak"]
-    assert graph > long  # that a graph of ten steps takes more shows that this measures something
+    # That the graph of ten steps takes more shows that this measures something.
+    assert peak(times=1, unroll="autograd", steps=10) > long
 
 
 CHECKOUT = {  # what mtt.py touches of MTT's code

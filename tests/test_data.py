@@ -118,6 +118,36 @@ def test_members_of_an_archive_cannot_leave_its_folder(folder, tmp_path, digest)
     assert not list(tmp_path.rglob("evil*"))
 
 
+def test_a_link_in_an_archive_is_not_followed(folder, tmp_path):
+    archive, secret = pack(folder, tmp_path / "deep" / "EuroSAT.zip", "2750"), tmp_path / "secret.jpg"
+    shutil.copy(folder / "Forest" / "Forest_1.jpg", secret)
+    link = zipfile.ZipInfo("2750/Forest/link.jpg")
+    link.external_attr = 0o120777 << 16  # the mode of a symbolic link
+    with zipfile.ZipFile(archive, "a") as zipped:
+        zipped.writestr(link, str(secret))
+    with pytest.raises(ReportedError, match=r"link\.jpg cannot be decoded"):  # it holds the path, as a file
+        load_eurosat(archive.parent)
+    assert not (archive.parent / "2750" / "Forest" / "link.jpg").is_symlink()
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(folder, tmp_path, monkeypatch):
+    archive = pack(folder, tmp_path / "deep" / "EuroSAT.zip", "2750")
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("2750/Forest/bomb.jpg", bytes(10**7))
+    assert archive.stat().st_size < 10**6
+    monkeypatch.setattr(utils, "ARCHIVE_LIMIT", 10**7)
+    with pytest.raises(ReportedError, match=r"EuroSAT\.zip unpacks to 0 GB"):
+        load_eurosat(archive.parent)
+    assert os.listdir(archive.parent) == ["EuroSAT.zip"]
+
+
+def test_a_picture_of_enormous_size_is_refused_before_it_is_decoded(folder, monkeypatch):
+    Image.new("RGB", (12000, 12000)).save(folder / "Forest" / "Forest_1.jpg")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded") if _[0].width > 64 else _[0])
+    with pytest.raises(ReportedError, match=r"Forest_1\.jpg is 12000x12000 pixels"):
+        load_eurosat(folder)
+
+
 def test_what_macos_leaves_beside_an_image_is_no_image(folder, tmp_path, digest):
     archive = pack(folder, tmp_path / "deep" / "EuroSAT.zip", "2750")
     with zipfile.ZipFile(archive, "a") as zipped:

@@ -9,21 +9,17 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from conftest import history
 from PIL import Image
-from wandb.proto import wandb_internal_pb2
 
+import evaluation
+import files
 import utils
-from distillation import (
-    Evaluations,
-    Experts,
-    Scores,
-    cut_windows,
-    draw_grid,
-    sgd_step,
-    synthetic_batches,
-    train_together,
-)
+from distillation import cut_windows, synthetic_batches
+from evaluation import Evaluations, Scores, sgd_step, train_together
 from reparam_module import ReparamModule
+from report import draw_grid
+from trajectories import Expert, Experts
 
 SCRIPT, EXPERTS_SCRIPT = "distillation.py", "expert_trajectories.py"
 MODEL = "ConvNetW32"
@@ -119,7 +115,8 @@ def test_a_run_draws_a_grid_per_evaluation_and_an_animation_of_them(whole_run):
 
 def test_a_run_leaves_no_other_files(whole_run):
     _, folder, record = whole_run
-    expected = {"results.json", "animation.gif", "wandb"} | {f"grid_00000{it}.png" for it in range(3)}
+    expected = {"run.json", "checkpoint.pt", "results.json", "animation.gif", "wandb"}
+    expected |= {f"grid_00000{it}.png" for it in range(3)}
     improved = {str(it) for it in range(3) if (folder / f"images_{it}.pt").exists()}
     assert {"0", str(record["best_iteration"])} <= improved
     expected |= {f"{name}_{tag}.pt" for name in ("images", "labels", "syn_lr") for tag in improved | {"best"}}
@@ -139,7 +136,7 @@ def test_results_hold_settings_versions_and_every_evaluation(whole_run):
     val = [row["scores"][MODEL]["val"][0] for row in record["evaluations"]]
     assert record["best_iteration"] == val.index(max(val))
     best = record["evaluations"][record["best_iteration"]]
-    assert [row["syn_lr"] for row in record["random_real"]] == [1e-5, best["syn_lr"]]
+    assert [row["syn_lr"] for row in record["random_real"]] == pytest.approx([1e-5, best["syn_lr"]])
 
 
 def test_a_run_ends_with_a_table_of_real_distilled_and_all_images(whole_run):
@@ -153,25 +150,6 @@ def test_a_run_ends_with_a_table_of_real_distilled_and_all_images(whole_run):
     assert folder.name in lines[-1]
 
 
-def history(folder):
-    """The rows that an offline run logged, as dictionaries; the .wandb file is a LevelDB log of protobuf records."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    content, block, position, part, rows = path.read_bytes(), 32768, 7, b"", []
-    while position + 7 <= len(content):
-        if block - position % block < 7:  # no record starts in the last bytes of a block
-            position += block - position % block
-            continue
-        length, kind = int.from_bytes(content[position + 4:position + 6], "little"), content[position + 6]
-        part += content[position + 7:position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record, part = wandb_internal_pb2.Record.FromString(part), b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or "|".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
-
-
 def test_wandb_logs_offline_under_the_documented_keys_without_asking(whole_run):
     done, folder, record = whole_run
     rows = history(folder)
@@ -180,11 +158,11 @@ def test_wandb_logs_offline_under_the_documented_keys_without_asking(whole_run):
     assert keys >= {"Progress", f"Accuracy/{MODEL}", f"Max_Accuracy/{MODEL}", f"Std/{MODEL}", f"Max_Std/{MODEL}",
                     "Pixels", "Synthetic_Images", "Synthetic_Pixels", "Clipped_Synthetic_Images/std_2.5",
                     "Synthetic_LR", "Grand_Loss", "Start_Epoch"}
-    for row, evaluation in zip(rows, record["evaluations"]):
-        assert row[f"Accuracy/{MODEL}"] == pytest.approx(evaluation["scores"][MODEL]["test"][0])
-        assert row["Synthetic_LR"] == pytest.approx(evaluation["syn_lr"])
-    for row, evaluation in zip(rows, record["evaluations"][1:]):
-        assert row["Grand_Loss"] == pytest.approx(evaluation["loss"]) and row["Start_Epoch"] in (0, 1)
+    for row, recorded in zip(rows, record["evaluations"]):
+        assert row[f"Accuracy/{MODEL}"] == pytest.approx(recorded["scores"][MODEL]["test"][0])
+        assert row["Synthetic_LR"] == pytest.approx(recorded["syn_lr"])
+    for row, recorded in zip(rows, record["evaluations"][1:]):
+        assert row["Grand_Loss"] == pytest.approx(recorded["loss"]) and row["Start_Epoch"] in (0, 1)
     assert "wandb sync" in done.stdout and "wandb: (" not in done.stdout + done.stderr
 
 
@@ -249,7 +227,7 @@ def test_both_engines_learn_nearly_the_same(whole_run, distill):
     assert record["settings"]["unroll"] == "adjoint" and record_other["settings"]["unroll"] == "autograd"
     images, others = (load(place / "images_2.pt") for place in (folder, other))
     assert not torch.equal(images, load(folder / "images_0.pt"))
-    torch.testing.assert_close(images, others, rtol=0, atol=1e-3 * float(images.std()))
+    assert (images - others).norm() <= 1e-3 * images.norm()  # in float32 a ReLU may flip, so not each pixel
     for row, row_other in zip(record["evaluations"][1:], record_other["evaluations"][1:]):
         assert (row["loss"], row["syn_lr"]) == pytest.approx((row_other["loss"], row_other["syn_lr"]), rel=1e-4)
 
@@ -454,7 +432,7 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other():
 
     networks, generators = fresh()
     for network, training_set, generator in zip(networks, sets, generators):
-        utils.evaluate_synset(network, network, *training_set, generator=generator, name="", **settings)
+        evaluation.evaluate_synset(network, network, *training_set, generator=generator, name="", **settings)
     together, generators = fresh()
     step = partial(sgd_step, ReparamModule(together[0]))
     train_together(together, step, sets, generators=generators, name="", **settings)
@@ -482,17 +460,32 @@ def test_windows_of_a_canvas_wrap_around_its_borders():
         assert torch.equal(canvas.roll((-top, -left), dims=(1, 2))[:, :64, :64], window)
 
 
+def experts_of(*snapshots):
+    """Experts of given snapshots, each a list of tensors."""
+    return Experts([Expert(list(snapshots), "expert 0 of replay_buffer_0.pt", None)], {})
+
+
 def test_a_segment_joins_two_snapshots_of_one_expert():
-    trajectories = [[[torch.full((2, 2), 10.0 * expert + epoch), torch.full((1,), -1.0)] for epoch in range(5)]
-                    for expert in range(2)]
-    start, target = Experts(trajectories, [], 4).segment(1, 1, 3, "cpu")
+    experts = experts_of(*([torch.full((2, 2), 10.0 + epoch), torch.full((1,), -1.0)] for epoch in range(5)))
+    start, target = experts.segment(0, 1, 3, "cpu")
     assert start.tolist() == [11, 11, 11, 11, -1] and target.tolist() == [14, 14, 14, 14, -1]
 
 
-def test_a_segment_without_distance_is_reported():
-    trajectories = [[[torch.ones(2)], [torch.zeros(2)], [torch.ones(2)]]]
-    with pytest.raises(utils.ReportedError, match="expert 0 is the same at epochs 0 and 2"):
-        Experts(trajectories, [], 2).segment(0, 0, 2, "cpu")
+@pytest.mark.parametrize("values, fault", [
+    ((1, 0, 1), "expert 0 of replay_buffer_0.pt is the same at epochs 0 and 2"),
+    ((1, math.nan, 2), "expert 0 of replay_buffer_0.pt is not finite at epoch 1"),
+    ((1, 0, math.inf), "expert 0 of replay_buffer_0.pt is not finite at epoch 2"),
+])
+def test_a_damaged_expert_is_named_or_left_out(values, fault):
+    damaged = experts_of(*([torch.full((2,), float(value))] for value in values))
+    with pytest.raises(files.ReportedError, match=fault + ".*--skip_damaged"):
+        damaged.check_segments(1, 2, skip_damaged=False)
+    whole = experts_of(*([torch.full((2,), float(value))] for value in range(3)))
+    both = Experts(damaged.members + whole.members, {})
+    with pytest.warns(UserWarning, match=fault):
+        assert both.check_segments(1, 2, skip_damaged=True).members == whole.members
+    with pytest.warns(UserWarning, match=fault), pytest.raises(files.ReportedError, match="no expert is left"):
+        damaged.check_segments(1, 2, skip_damaged=True)
 
 
 def test_the_validation_set_chooses_the_best_iteration_and_the_test_set_only_without_one():

@@ -5,10 +5,16 @@ would see.
 """
 
 import json
+import os
+import re
 import shutil
+import time
+import urllib.error
 import warnings
 
 import pytest
+import torch
+import torchvision
 
 import utils
 
@@ -48,38 +54,67 @@ def damaged_data(tiny_folder, tmp_path_factory):
     return folder
 
 
-FLAGS = [  # scripts, flag, what the line must name
+COUNTS = {  # flags that count something, and their scripts
+    BOTH: ["--batch_train"],
+    (EXPERTS,): ["--num_experts", "--train_epochs", "--save_interval"],
+    (DISTILLATION,): ["--ipc", "--expert_epochs", "--syn_steps", "--max_start_epoch", "--batch_syn", "--canvas_size",
+                      "--canvas_samples", "--num_eval", "--eval_it", "--epoch_eval_train", "--batch_real",
+                      "--max_files", "--max_experts", "--checkpoint_every"],
+}
+NUMBERS = {BOTH: ["--lr_teacher"], (EXPERTS,): ["--l2", "--mom"], (DISTILLATION,): ["--lr_img", "--lr_lr"]}
+SWITCHES = {BOTH: ["--dsa", "--zca", "--amp"], (EXPERTS,): ["--decay"],
+            (DISTILLATION,): ["--no_aug", "--texture", "--load_all", "--skip_damaged", "--force_save"]}
+
+FLAGS = [  # scripts, flags, what the line must name
+    *((scripts, f"{flag}={value}", [flag, value, part]) for scripts, flags in COUNTS.items() for flag in flags
+      for value, part in (("0", "at least 1"), ("-3", "at least 1"), ("two", "whole number"), ("2.5", "whole number"),
+                          ("nan", "whole number"), ("3000000000", "less than 2147483648"))),
+    *((scripts, f"{flag}={value}", [flag, value, part]) for scripts, flags in NUMBERS.items() for flag in flags
+      for value, part in (("-1", "must be"), ("two", "a number"), ("nan", "must be"), ("inf", "less than"),
+                          ("1e300", "less than"))),
+    *((scripts, f"{flag}=maybe", [flag, "maybe", "True", "False"])
+      for scripts, flags in SWITCHES.items() for flag in flags),
     (BOTH, "--model=LeNet", ["--model=LeNet", "choose from", "ConvNet", "MLP", "ResNet18"]),
+    (BOTH, "--model=", ["--model=", "choose from"]),
+    (BOTH, "--model=ConvNetD7", ["--model=ConvNetD7", "ConvNetD6"]),
     (DISTILLATION, "--model=ConvNetBN", ["--model=ConvNetBN", "batch normalisation", "take a network with instance"]),
     (DISTILLATION, "--unroll=tesla", ["--unroll", "tesla", "adjoint", "autograd"]),
-    (BOTH, "--model=ConvNetD7", ["--model=ConvNetD7", "ConvNetD6"]),
     (BOTH, "--dataset=CIFAR10", ["--dataset", "CIFAR10", "EuroSAT", "ToySAT"]),
-    (BOTH, "--dsa=maybe", ["--dsa", "maybe", "True", "False"]),
-    (BOTH, "--zca=yes", ["--zca", "yes", "True", "False"]),
+    (BOTH, "--compile=maybe", ["--compile", "maybe"]),
     (BOTH, "--dsa_strategy=foo", ["--dsa_strategy", "foo", "color_crop_cutout_flip_scale_rotate"]),
+    (BOTH, "--dsa_strategy=", ["--dsa_strategy", "''", "color_crop_cutout_flip_scale_rotate"]),
     (BOTH, "--lr_teacher=0", ["--lr_teacher", "0", "more than 0"]),
-    (BOTH, "--lr_teacher=inf", ["--lr_teacher", "inf"]),
-    (BOTH, "--lr_teacher=1e300", ["--lr_teacher", "1e300", "less than 1e+30"]),
+    (EXPERTS, "--mom=1", ["--mom", "1", "less than 1"]),
     (BOTH, "--val_fraction=1.5", ["--val_fraction", "1.5", "less than 1"]),
+    (BOTH, "--val_fraction=-0.1", ["--val_fraction", "-0.1", "at least 0"]),
+    (BOTH, "--val_fraction=nan", ["--val_fraction", "nan", "at least 0"]),
     (BOTH, "--seed=-1", ["--seed", "-1", "at least 0"]),
+    (BOTH, "--seed=2147483648", ["--seed", "2147483648", "less than 2147483648"]),
+    (BOTH, "--seed=one", ["--seed", "one", "whole number"]),
     (BOTH, "--device=nonsense", ["--device=nonsense", "--device=cpu"]),
-    (BOTH, "--batch_train=0", ["--batch_train", "0", "at least 1"]),
+    (BOTH, "--device=meta", ["--device=meta", "--device=cpu"]),
+    (BOTH, "--device=cuda:7", ["--device=cuda:7", "--device=cpu"]),
     (BOTH, "--unknown=1", ["--unknown", "--help"]),
     (BOTH, "--batch_tra=8", ["--batch_tra", "--help"]),
-    (EXPERTS, "--num_experts=0", ["--num_experts", "0", "at least 1"]),
-    (EXPERTS, "--train_epochs=two", ["--train_epochs", "two", "whole number"]),
-    (EXPERTS, "--mom=1", ["--mom", "1", "less than 1"]),
-    (EXPERTS, "--l2=-1", ["--l2", "-1", "at least 0"]),
+    (BOTH, "positional", ["positional", "--help"]),
+    (DISTILLATION, "--Iteration=-1", ["--Iteration", "-1", "at least 0"]),
+    (DISTILLATION, "--Iteration=x", ["--Iteration", "x", "whole number"]),
     (DISTILLATION, "--buffer_path=~no_such_user/buffers", ["replay_buffer_0.pt", "~no_such_user/buffers"]),
-    (DISTILLATION, "--ipc=0", ["--ipc", "0", "at least 1"]),
-    (DISTILLATION, "--ipc=x", ["--ipc", "x", "whole number"]),
     (DISTILLATION, "--ipc=17", ["--ipc=17", "16 training images", "AnnualCrop", "lower it"]),
-    (DISTILLATION, "--batch_syn=11", ["--batch_syn=11", "10 synthetic images"]),
-    (DISTILLATION, "--lr_img=nan", ["--lr_img", "nan"]),
-    (DISTILLATION, "--lr_img=-1", ["--lr_img", "-1", "at least 0"]),
     (DISTILLATION, "--eval_mode=Z", ["--eval_mode", "Z", "choose from"]),
     (DISTILLATION, "--pix_init=zeros", ["--pix_init", "zeros", "noise"]),
+    (DISTILLATION, "--wandb_mode=never", ["--wandb_mode", "never", "offline"]),
+    (DISTILLATION, "--wandb_project=a/b", ["--wandb_project", "a/b"]),
+    (DISTILLATION, "--wandb_entity=", ["--wandb_entity", "''"]),
+    (DISTILLATION, "--run_name=../elsewhere", ["--run_name", "../elsewhere", "--log_dir"]),
+    (DISTILLATION, "--run_name=", ["--run_name", "''", "--log_dir"]),
+    (DISTILLATION, "--run_name=..", ["--run_name", "'..'", "--log_dir"]),
+    (DISTILLATION, "--resume=nowhere", ["--resume=nowhere", "run.json"]),
+    # pairs that contradict each other
+    (DISTILLATION, "--resume=nowhere --run_name=mine", ["--resume", "--run_name", "leave one out"]),
+    (DISTILLATION, "--resume=nowhere --log_dir=logs", ["--resume", "--log_dir", "leave one out"]),
     (DISTILLATION, "--zca --texture", ["--zca", "--texture", "leave one out"]),
+    (DISTILLATION, "--batch_syn=11", ["--batch_syn=11", "10 synthetic images"]),
     (DISTILLATION, "--max_start_epoch=3 --expert_epochs=2",
      ["--max_start_epoch=3", "--expert_epochs=2", "4 epochs", "have 3", "--train_epochs"]),
     (DISTILLATION, "--val_fraction=0.2", ["val_fraction=0.1 (here 0.2)", "--buffer_path"]),
@@ -100,7 +135,8 @@ def refuse(run_here, eurosat_folder, buffers, tmp_path):
     def refuse(script, parts, *flags):
         cwd = tmp_path / "cwd"
         cwd.mkdir()
-        usual = ["--dataset=EuroSAT", f"--data_path={eurosat_folder}", f"--buffer_path={buffers}", "--model=ConvNetW32",
+        experts = buffers if script == DISTILLATION else tmp_path / "none"
+        usual = ["--dataset=EuroSAT", f"--data_path={eurosat_folder}", f"--buffer_path={experts}", "--model=ConvNetW32",
                  "--no-compile"] + ["--max_start_epoch=1", "--expert_epochs=1"] * (script == DISTILLATION)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -119,14 +155,53 @@ def test_a_bad_flag_is_refused_in_one_line(refuse, script, flags, parts):
 
 
 @pytest.mark.parametrize("script", BOTH)
+def test_every_flag_is_in_the_table(run_here, script, tmp_path):
+    known = set(re.findall(r"^  (--\w+)", run_here(script, "--help", cwd=tmp_path).stdout, re.MULTILINE))
+    elsewhere = {"--data_path", "--buffer_path", "--log_dir"}  # in the tests below
+    table = {flag.split("=")[0] for row, flags, _ in ROWS if row == script for flag in flags.split()}
+    assert len(ROWS) > 200 and len(known) > 15 and known - elsewhere <= table
+
+
+@pytest.mark.parametrize("script", BOTH)
+@pytest.mark.parametrize("content", ["file", "empty folder"])
+def test_data_that_is_not_there_is_asked_for(refuse, monkeypatch, tmp_path, script, content):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "EuroSAT", no_network)
+    place = tmp_path / "data"
+    place.touch() if content == "file" else place.mkdir()
+    refuse(script, [str(place), "EuroSAT_RGB.zip"] if place.is_dir() else [str(place)], f"--data_path={place}")
+    assert place.is_file() or not list(place.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable to root")
+@pytest.mark.parametrize("script", BOTH)
+def test_an_unreadable_folder_is_named(refuse, tmp_path, script):
+    (tmp_path / "closed" / "EuroSAT_NO_ZCA" / "ConvNetW32").mkdir(parents=True)
+    (tmp_path / "closed" / "EuroSAT_NO_ZCA").chmod(0)
+    refuse(script, [str(tmp_path / "closed")], f"--buffer_path={tmp_path / 'closed'}")
+    (tmp_path / "closed" / "EuroSAT_NO_ZCA").chmod(0o700)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no record")
+@pytest.mark.parametrize("script, part", [(EXPERTS, "no record"), (DISTILLATION, "no trajectory file")])
+def test_a_foreign_file_among_the_experts_is_named(refuse, tmp_path, script, part):
+    folder = tmp_path / "buffers" / "EuroSAT_NO_ZCA" / "ConvNetW32"
+    folder.mkdir(parents=True)
+    (folder / "replay_buffer_0.pt").write_text("hello")
+    refuse(script, ["replay_buffer_0.pt", part], f"--buffer_path={tmp_path / 'buffers'}")
+
+
+@pytest.mark.parametrize("script", BOTH)
 def test_a_missing_class_folder_is_named(refuse, incomplete_data, script):
     refuse(script, ["AnnualCrop is missing", "unpack it again"], f"--data_path={incomplete_data}")
 
 
 @pytest.mark.parametrize("script", BOTH)
 def test_a_damaged_image_is_named_on_a_line_of_its_own(run_here, damaged_data, buffers, tmp_path, script):
-    flags = [f"--data_path={damaged_data}", "--model=ConvNetW32", f"--buffer_path={buffers}"]
-    flags += ["--max_start_epoch=1"] if script == DISTILLATION else []
+    flags = [f"--data_path={damaged_data}", "--model=ConvNetW32"]
+    flags += [f"--buffer_path={buffers}", "--max_start_epoch=1"] if script == DISTILLATION else []
     done = run_here(script, *flags, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]  # after the bar of the files before it
@@ -176,14 +251,29 @@ def test_a_folder_for_results_that_is_a_file_is_refused_before_any_work(refuse, 
 
 
 @pytest.mark.parametrize("text", ['{"settings": ', '{"settings": []}', "[]"])
-def test_a_damaged_results_file_of_the_same_run_is_named(refuse, tmp_path, text):
+@pytest.mark.parametrize("how", ["--run_name=mine --log_dir={}", "--resume={}/EuroSAT/mine"])
+def test_a_damaged_file_of_the_same_run_is_named(refuse, tmp_path, text, how):
     folder = tmp_path / "logs" / "EuroSAT" / "mine"
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(text)
-    refuse(DISTILLATION, ["results.json is damaged"], f"--log_dir={tmp_path / 'logs'}", "--run_name=mine",
-           "--wandb_mode=disabled", "--Iteration=0")
+    (folder / "run.json").write_text(text)
+    flags = how.format(tmp_path / "logs").split()
+    refuse(DISTILLATION, ["run.json is damaged", "--run_name"], *flags, "--wandb_mode=disabled", "--Iteration=0")
+
+
+@pytest.mark.parametrize("content", [{}, {"images": [1]}, [1], {"images": torch.zeros(1)}])
+def test_a_foreign_checkpoint_is_named(run_here, buffers, eurosat_folder, tmp_path, content):
+    flags = ["--dataset=EuroSAT", f"--data_path={eurosat_folder}", f"--buffer_path={buffers}", "--model=ConvNetW32",
+             "--no-compile", "--max_start_epoch=1", "--expert_epochs=1", "--Iteration=0", "--num_eval=1",
+             "--epoch_eval_train=1", "--run_name=mine", "--wandb_mode=disabled"]
+    assert run_here(DISTILLATION, *flags, cwd=tmp_path).returncode == 0
+    torch.save(content, tmp_path / "logged_files" / "EuroSAT" / "mine" / "checkpoint.pt")
+    done = run_here(DISTILLATION, *flags, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "checkpoint.pt is damaged" in done.stderr and "remove it" in done.stderr
 
 
 @pytest.mark.parametrize("script", BOTH)
-def test_a_shell_sees_one_line_and_exit_code_2(run, tmp_path, script):
+def test_a_shell_sees_one_line_and_exit_code_2_within_seconds(run, tmp_path, script):
+    begin = time.time()
     check(run(script, "--model=LeNet", "--dataset=ToySAT", cwd=tmp_path), script, ["LeNet", "choose from"], tmp_path)
+    assert time.time() - begin < 10

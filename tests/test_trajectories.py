@@ -7,9 +7,11 @@ import os
 import pytest
 import torch
 
+import files
+import trajectories
 import utils
+from files import ReportedError
 from networks import get_network
-from utils import ReportedError
 
 
 def test_an_expert_file_is_plain_nested_lists_in_parameter_order(buffers):
@@ -43,49 +45,79 @@ def test_the_record_beside_a_file_tells_how_it_was_made(buffers):
     assert all(len(record["experts"][0][curve]) == 3 for curve in ("loss", "train_accuracy", "test_accuracy"))
 
 
-def test_written_trajectories_and_record_read_back(tmp_path):
-    trajectories = [[[torch.randn(2, 3), torch.randn(4)] for _ in range(3)] for _ in range(2)]
+SETTINGS = {"settings": {"zca": False}, "training": {"lr": 0.01}}
+
+
+def entry(seed):
+    """What a record says of an expert."""
+    return {"seed": seed, "loss": [1.0], "test_accuracy": [0.5]}
+
+
+@pytest.fixture
+def two_experts(tmp_path):
+    """A trajectory file, and the two experts of three snapshots in it."""
+    experts = [[[torch.randn(2, 3), torch.randn(4)] for _ in range(3)] for _ in range(2)]
     path = tmp_path / "deep" / "replay_buffer_0.pt"
-    record = {"settings": {"zca": False}, "training": {"lr": 0.01}, "experts": []}
-    utils.write_trajectories(path, trajectories, record)
+    for seed, expert in enumerate(experts):
+        trajectories.add_expert(path, expert, entry(seed), SETTINGS)
+    return path, experts
+
+
+def test_added_experts_and_their_record_read_back(two_experts):
+    path, experts = two_experts
     assert sorted(os.listdir(path.parent)) == ["replay_buffer_0.json", "replay_buffer_0.pt"]
-    assert utils.read_record(path) == record
-    for reader in (utils.read_trajectories, lambda path: torch.load(path, weights_only=True)):
-        torch.testing.assert_close(reader(path), trajectories, rtol=0, atol=0)
+    read, record = trajectories.read_trajectories(path)
+    assert record.items() >= SETTINGS.items() and record["experts"] == [entry(0), entry(1)]
+    for trajectory in (read, torch.load(path, weights_only=True)):
+        torch.testing.assert_close(trajectory, experts, rtol=0, atol=0)
 
 
 def test_a_file_without_record_has_none(tmp_path):
     torch.save([[[torch.zeros(1)]]], tmp_path / "replay_buffer_0.pt")
-    assert utils.read_record(tmp_path / "replay_buffer_0.pt") is None
+    assert trajectories.read_record(tmp_path / "replay_buffer_0.pt") is None
 
 
-def test_expert_files_are_listed_in_order_and_a_gap_is_reported(tmp_path):
+def test_expert_files_are_listed_by_their_numbers(tmp_path):
     (tmp_path / "replay_buffer_0_backup.pt").touch()
-    assert utils.expert_files(tmp_path) == utils.expert_files(tmp_path / "none") == []
-    for number in range(12):
+    assert trajectories.expert_files(tmp_path) == trajectories.expert_files(tmp_path / "none") == []
+    for number in (0, 1, 2, 10, 11):
         (tmp_path / f"replay_buffer_{number}.pt").touch()
-    assert utils.expert_files(tmp_path) == [tmp_path / f"replay_buffer_{number}.pt" for number in range(12)]
-    (tmp_path / "replay_buffer_3.pt").unlink()
-    with pytest.raises(ReportedError, match=r"replay_buffer_3\.pt is missing"):
-        utils.expert_files(tmp_path)
+    assert trajectories.expert_files(tmp_path) == [tmp_path / f"replay_buffer_{n}.pt" for n in (0, 1, 2, 10, 11)]
 
 
-def test_a_writer_killed_in_between_leaves_no_expert_without_a_record(tmp_path, monkeypatch):
-    path, experts = tmp_path / "replay_buffer_0.pt", [[[torch.zeros(1)], [torch.ones(1)]]]
-    record = {"settings": {}, "training": {}, "experts": [{"seed": 0}]}
-    write_json = utils.write_json
+@pytest.mark.parametrize("experts_before", [0, 2])
+def test_a_writer_killed_between_record_and_file_leaves_both_as_they_were(two_experts, monkeypatch, experts_before):
+    path, _ = two_experts
+    if not experts_before:
+        path.unlink()
+    new = [[torch.zeros(2, 3), torch.zeros(4)] for _ in range(3)]
+    with monkeypatch.context() as patch:
+        rename = os.replace
+        patch.setattr(os, "replace", lambda source, target: target == path or rename(source, target))
+        trajectories.add_expert(path, new, entry(2), SETTINGS)
+    assert len(json.loads(path.with_suffix(".json").read_text())["experts"]) == experts_before + 1
+    if experts_before:
+        read, record = trajectories.read_trajectories(path)
+        assert len(read) == len(record["experts"]) == experts_before
+    trajectories.add_expert(path, new, entry(2), SETTINGS)
+    read, record = trajectories.read_trajectories(path)
+    assert [expert["seed"] for expert in record["experts"]] == [*range(experts_before), 2]
+    torch.testing.assert_close(read[-1], new, rtol=0, atol=0)
 
-    def killed_before_the_end(path, content):
-        if not content["experts"]:
-            write_json(path, content)
 
-    for experts_recorded in (0, 1):
-        with monkeypatch.context() as patch:
-            patch.setattr(utils, "write_json", killed_before_the_end)
-            utils.write_trajectories(path, experts, record)
-        assert len(utils.read_record(path)["experts"]) == experts_recorded
-        utils.write_trajectories(path, experts, record)
-        assert utils.read_record(path)["experts"] == record["experts"]
+def test_each_altered_byte_is_noticed(two_experts):
+    path, _ = two_experts
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        with pytest.raises(trajectories.DamagedFile, match=r"replay_buffer_0\.pt is damaged, its checksum"):
+            trajectories.read_trajectories(path)
+    for size in (0, len(whole) - 1, len(whole) + 1):
+        path.write_bytes((whole + b" ")[:size])
+        with pytest.raises(trajectories.DamagedFile, match=rf"replay_buffer_0\.pt is damaged, it has {size} bytes"):
+            trajectories.read_trajectories(path)
+    path.write_bytes(whole)
+    trajectories.read_trajectories(path)
 
 
 class Foreign:
@@ -103,8 +135,8 @@ def test_a_foreign_file_is_refused_by_name(tmp_path, content):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(ReportedError, match=r"replay_buffer_0\.pt is no trajectory file .*train again") as error:
-        utils.read_trajectories(path)
+    with pytest.raises(ReportedError, match=r"replay_buffer_0\.pt is no trajectory file .*run expert_traj") as error:
+        trajectories.read_trajectories(path)
     assert "\n" not in str(error.value)
 
 
@@ -112,21 +144,30 @@ def test_a_truncated_file_is_refused_by_name(buffers, tmp_path):
     whole = (buffers / "EuroSAT_NO_ZCA" / "ConvNetW32" / "replay_buffer_0.pt").read_bytes()
     (tmp_path / "replay_buffer_0.pt").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ReportedError, match=r"replay_buffer_0\.pt is no trajectory file"):
-        utils.read_trajectories(tmp_path / "replay_buffer_0.pt")
+        trajectories.read_trajectories(tmp_path / "replay_buffer_0.pt")
 
 
-@pytest.mark.parametrize("text", ['{"settings": ', "[]", "{}", '{"settings": [], "training": {}, "experts": []}'])
+def damaged(**changes):
+    """A record that is as it should be, but for `changes`."""
+    return SETTINGS | {"files": [{"bytes": 2, "sha256": "", "experts": 1}], "experts": [entry(0)]} | changes
+
+
+@pytest.mark.parametrize("text", [
+    '{"settings": ', "[]", "{}", *map(json.dumps, [
+        damaged(settings=[]), damaged(experts=[1]), damaged(experts=[{"seed": 0}]), damaged(experts=[entry("0")]),
+        damaged(experts=[entry(0) | {"loss": []}]), damaged(files=["two"]), damaged(files=[{"bytes": 2}])])])
 def test_a_damaged_record_is_refused_by_name(tmp_path, text):
+    (tmp_path / "replay_buffer_0.pt").write_text("is")
     (tmp_path / "replay_buffer_0.json").write_text(text)
     with pytest.raises(ReportedError, match=r"replay_buffer_0\.json is damaged"):
-        utils.read_record(tmp_path / "replay_buffer_0.pt")
+        trajectories.read_record(tmp_path / "replay_buffer_0.pt")
 
 
 def test_each_setting_that_differs_is_named_and_no_other(tmp_path):
     record = {"zca": True, "val_fraction": 0.1, "dataset": "EuroSAT", "digest": "abc"}
-    utils.check_record(tmp_path, record, {"zca": True, "dataset": "EuroSAT"})
+    files.check_record(tmp_path, record, {"zca": True, "dataset": "EuroSAT"})
     with pytest.raises(ReportedError) as error:
-        utils.check_record(tmp_path, record, record | {"zca": False, "val_fraction": 0, "model": "MLP"})
+        files.check_record(tmp_path, record, record | {"zca": False, "val_fraction": 0, "model": "MLP"})
     for part in ("zca=True (here False)", "val_fraction=0.1 (here 0)", "model=None (here 'MLP')", "--buffer_path"):
         assert part in str(error.value)
     assert "digest" not in str(error.value)
@@ -134,13 +175,13 @@ def test_each_setting_that_differs_is_named_and_no_other(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.txt"
-    utils.write_whole(path, lambda file: file.write(b"old"))
+    files.write_whole(path, lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"half of the n")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        utils.write_whole(path, fail)
+        files.write_whole(path, fail)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.txt"]

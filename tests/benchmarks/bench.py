@@ -31,8 +31,10 @@ sys.path.insert(0, str(ROOT))
 
 from mtt import peak_memory  # noqa: E402  (the modules of the project are found through the line above)
 
+import files  # noqa: E402
 import utils  # noqa: E402
-from distillation import evaluate, make_prepare, make_sgd_step, synthetic_batches  # noqa: E402
+from distillation import make_prepare, synthetic_batches  # noqa: E402
+from evaluation import evaluate, make_sgd_step  # noqa: E402
 from reparam_module import UNROLLS, ReparamModule  # noqa: E402
 
 CLASSES, AUGMENT = len(utils.CLASS_NAMES), utils.make_augment(True, utils.DSA_STRATEGY)
@@ -334,7 +336,7 @@ def main():
     settings = {key: str(value) for key, value in vars(args).items() if key != "child"}
     results |= {"machine": machine, "threads": torch.get_num_threads(), "versions": utils.versions(),
                 "settings": settings}
-    utils.write_json(args.out, results)
+    files.write_json(args.out, results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ evaluation, and the peak memory in bytes.
 
 import json
 import os
-import resource
 import runpy
 import sys
 import time
@@ -55,10 +54,14 @@ def dataset(images_file):
 
 
 def peak_memory():
-    """The most that this process has held at once, in bytes: of the GPU where there is one, else of main memory."""
+    """The most that this process has held at once, in bytes: of the GPU where there is one, else of main memory.
+
+    `getrusage` would count what the parent held when it started this process, too.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def main():

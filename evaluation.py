@@ -1,0 +1,187 @@
+"""Evaluation: fresh networks are trained on a synthetic set, and tested on real images."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.func import grad, vmap
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+
+import utils
+from reparam_module import ReparamModule
+from utils import Data, stop
+
+EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` standing for --model
+    "S": ("model",),
+    "A": ("ConvNet", "MLP", "ResNet18"),
+    "R": ("model", "ResNet18"),
+    "M": ("model", "MLP"),
+    "C": ("model", "ConvNet"),
+    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
+    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
+    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
+    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies, in [0, 1], of the networks of one evaluation; `val` is empty without a validation set."""
+
+    val: list
+    test: list
+
+    def __str__(self):
+        parts = (f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" if part else "" for part in (self.val, self.test))
+        return "   ".join(f"{part:16}" for part in parts)
+
+    @property
+    def choice(self):
+        """What the best iteration is chosen by: the validation set; where there is none, the test set (MTT's rule)."""
+        return np.mean(self.val or self.test)
+
+
+def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, step, epochs, batch_train, batch_real):
+    """Train a fresh `model` on each of `training_sets`, pairs of images and labels, and test it on real images.
+
+    Initial weights and augmentation follow from `key`, not from what ran before. With a `step` of
+    `make_sgd_step`, all networks are trained together.
+    """
+    generators = [utils.make_generator("evaluation", *key, model, index) for index in range(len(training_sets))]
+    networks = [utils.initial_network(model, generator, data.test[0].device) for generator in generators]
+    runs = [runner(network) for network in networks]
+    settings = {"epochs": epochs, "batch_size": batch_train, "prepare": prepare}
+    if step:
+        train_together(networks, step, training_sets, syn_lr, generators=generators, name=f"evaluation, {model}",
+                       **settings)
+    else:
+        for index, (network, logits, generator) in enumerate(zip(networks, runs, generators)):
+            evaluate_synset(network, logits, *training_sets[index], syn_lr, generator=generator,
+                                  name=f"evaluation {index + 1}/{len(networks)}, {model}", **settings)
+    val, test = ([utils.accuracy(network, logits, *part, batch_real) for network, logits in zip(networks, runs)]
+                 if len(part[1]) else [] for part in (data.val, data.test))
+    return Scores(val, test)
+
+
+def make_sgd_step(model, runner, device):
+    """`sgd_step` for networks called `model`; None where they are to be trained one after the other.
+
+    That is on a CPU, which has nothing to gain from larger kernels and was a quarter slower with them, and with batch
+    statistics, which are no part of the parameters.
+    """
+    network = utils.initial_network(model, utils.make_generator(0), device)
+    if device.type != "cuda" or any(True for _ in network.buffers()):
+        return None
+    return runner.function(partial(sgd_step, ReparamModule(network, runner.amp)))
+
+
+def sgd_step(module, thetas, momenta, x, y, lr):
+    """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks at once, which share every kernel.
+
+    thetas, momenta  parameters of ReparamModule `module` and their momenta, (K, P), of which new ones are returned
+    x, y, lr         images (K, B, C, H, W), labels (K, B), learning rate ()
+    """
+
+    def loss(theta, x, y):
+        return F.cross_entropy(module(x, theta), y)
+
+    momenta = 0.9 * momenta + vmap(grad(loss))(thetas, x, y) + 5e-4 * thetas
+    return thetas - lr * momenta, momenta
+
+
+def train_together(networks, step, training_sets, syn_lr, *, epochs, batch_size, prepare, generators, name):
+    """What `evaluate_synset` does, for K networks at once, each with its own training set, generator and draws.
+
+    The training sets must be of one size.
+    """
+    thetas = torch.stack([parameters_to_vector(network.parameters()) for network in networks]).detach()  # (K, P)
+    momenta, lr = torch.zeros_like(thetas), torch.tensor(syn_lr, device=thetas.device)
+    for epoch in tqdm(range(epochs + 1), desc=name, unit="epochs", mininterval=1, leave=False):
+        of_each = [utils.shuffled_batches(*training_set, batch_size, prepare, generator)
+                   for training_set, generator in zip(training_sets, generators)]
+        for batches in zip(*of_each):
+            thetas, momenta = step(thetas, momenta, *(torch.stack(part) for part in zip(*batches)), lr)
+        if epoch == epochs // 2 + 1:
+            lr, momenta = lr * 0.1, torch.zeros_like(momenta)
+    for network, theta in zip(networks, thetas):
+        vector_to_parameters(theta, network.parameters())
+
+
+def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch_size, prepare, generator, name):
+    """Train a fresh network on a synthetic set, as MTT's evaluation does, under a progress bar called `name`.
+
+    `epochs` + 1 epochs of SGD at `syn_lr` with momentum 0.9 and weight decay 5e-4; after epoch `epochs // 2 + 1`, a
+    tenth of the rate and a fresh optimiser.
+    """
+    optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr, momentum=0.9, weight_decay=5e-4)
+    for epoch in tqdm(range(epochs + 1), desc=name, unit="epochs", mininterval=1, leave=False):
+        stop.check()
+        utils.train_epoch(logits, optimizer, image_syn, label_syn, batch_size, prepare, generator)
+        if epoch == epochs // 2 + 1:
+            optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr * 0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def evaluate_pool(pool, training_sets, syn_lr, *args, **settings):
+    """Scores of each network of a `pool`, names and the `step` to train them with; see `evaluate`."""
+    return {name: evaluate(name, training_sets, syn_lr, *args, step=step, **settings) for name, step in pool.items()}
+
+
+class Evaluations:
+    """All evaluations of a run, oldest first, and which of them is the best (on average over the networks)."""
+
+    header = f"{'iteration':>9} {'network':12} {'validation':^16}   {'test':^16}   {'α':>8}  {'loss':>6}"
+
+    def __init__(self, rows=()):
+        self.rows = list(rows)
+
+    @property
+    def best(self):
+        return max(self.rows, key=lambda row: mean_choice(row["scores"]))  # the first, where several are
+
+    def has(self, iteration):
+        return any(row["iteration"] == iteration for row in self.rows)
+
+    def add(self, iteration, scores, syn_lr, losses, seconds):
+        """Take an evaluation; of `losses`, one per iteration, the mean since the last one is kept. True: a new best."""
+        recent = losses[self.rows[-1]["iteration"] if self.rows else 0:]
+        loss = float(np.mean(recent)) if recent else None  # before the first iteration there is none
+        self.rows.append({"iteration": iteration, "syn_lr": syn_lr, "loss": loss, "seconds": round(seconds, 1),
+                          "scores": scores})
+        return self.best is self.rows[-1]
+
+    def log(self):
+        """The wandb keys of the latest evaluation."""
+        log = {}
+        for network, scores in self.rows[-1]["scores"].items():
+            best = max((row["scores"][network] for row in self.rows), key=lambda scores: scores.choice)
+            for prefix, part in (("", "test"), ("Validation_", "val")):
+                if getattr(scores, part):
+                    log |= {f"{prefix}Accuracy/{network}": np.mean(getattr(scores, part)),
+                            f"{prefix}Std/{network}": np.std(getattr(scores, part)),
+                            f"Max_{prefix}Accuracy/{network}": np.mean(getattr(best, part)),
+                            f"Max_{prefix}Std/{network}": np.std(getattr(best, part))}
+        return log
+
+    def table(self):
+        """Lines for the latest evaluation, one per network."""
+        row = self.rows[-1]
+        loss = "" if row["loss"] is None else f"{row['loss']:6.4f}"
+        return "\n".join(f"{row['iteration']:9d} {network:12} {scores}   {row['syn_lr']:8.5f}  {loss}"
+                         for network, scores in row["scores"].items())
+
+
+def mean_choice(scores):
+    return np.mean([score.choice for score in scores.values()])
+
+
+def plain(rows):
+    """Evaluations as dictionaries, lists and numbers only."""
+    return [row | {"scores": {network: vars(scores) for network, scores in row["scores"].items()}} for row in rows]
+
+
+def scored(rows):
+    """What `plain` was made from."""
+    return [row | {"scores": {network: Scores(**scores) for network, scores in row["scores"].items()}} for row in rows]
