@@ -27,7 +27,18 @@ from tqdm import tqdm
 import files
 import report
 import utils
-from evaluation import EVAL_POOLS, Evaluations, Scores, evaluate_pool, make_sgd_step, plain, scored
+from evaluation import (
+    EVAL_POOLS,
+    Evaluations,
+    Scores,
+    evaluate_pool,
+    make_sgd_step,
+    mean_choice,
+    plain,
+    pool_of,
+    scored,
+    scores_table,
+)
 from files import ReportedError
 from reparam_module import UNROLLS, ReparamModule
 from trajectories import Experts, expert_folder, load_experts
@@ -39,55 +50,73 @@ RUN_FILE, CHECKPOINT = "run.json", "checkpoint.pt"  # in the run's folder: what 
 def parse_args():
     parser = utils.Parser(__doc__.splitlines()[0])
     utils.add_shared_flags(parser, batch_train=256)
-    add = parser.add_argument
-    add("--ipc", type=utils.count, default=1, help="synthetic images per class")
-    add("--Iteration", type=utils.number(int, 0), default=5000, help="distillation iterations")
-    add("--lr_img", type=utils.not_negative, default=1000.0, help="learning rate of the images")
-    add("--lr_lr", type=utils.not_negative, default=1e-5, help="learning rate of the step size α")
-    add("--expert_epochs", type=utils.count, default=3, help="M: expert epochs that the student must match")
-    add("--syn_steps", type=utils.count, default=20, help="N: the student's steps on synthetic images")
-    add("--max_start_epoch", type=utils.count, default=25,
-        help="T⁺: segments start at an expert's epoch below this one")
-    add("--batch_syn", type=utils.count, help="synthetic images per step (default: all of them)")
+    add = parser.topic("data")
+    add("--max_files", type=utils.count, metavar="N", help="trajectory files to read (default: all)")
+    add("--max_experts", type=utils.count, metavar="N", help="experts to read per file (default: all)")
+    utils.add_flag(add, "--skip_damaged", help="go on without damaged trajectory files and experts")
+    utils.add_flag(add, "--load_all", help="hold the experts' snapshots on the device")
+    add = parser.topic("distillation")
+    add("--ipc", type=utils.count, default=1, metavar="N", help="synthetic images per class")
+    add("--Iteration", type=utils.number(int, 0), default=5000, metavar="N", help="distillation iterations")
+    add("--lr_img", type=utils.not_negative, default=1000.0, metavar="RATE", help="learning rate of the images")
+    add("--lr_lr", type=utils.not_negative, default=1e-5, metavar="RATE", help="learning rate of the step size α")
+    add("--expert_epochs", type=utils.count, default=3, metavar="M", help="expert epochs that the student must match")
+    add("--syn_steps", type=utils.count, default=20, metavar="N", help="the student's steps on synthetic images")
+    add("--max_start_epoch", type=utils.count, default=25, metavar="T⁺",
+        help="segments start at an expert's epoch below this one")
+    add("--batch_syn", type=utils.count, metavar="IMAGES", help="synthetic images per step (default: all of them)")
     add("--unroll", choices=sorted(UNROLLS), default="adjoint",
         help="gradients through the student's steps: adjoint, in memory that does not grow with their number, or "
         "autograd, the plain double backward of MTT; they agree")
     add("--pix_init", choices=("real", "noise"), default="real", help="what the synthetic images start from")
-    utils.add_flag(parser, "--no_aug", help="no augmentation while distilling (evaluation keeps its own)")
-    utils.add_flag(parser, "--texture", help="distill canvases, from which random windows are cut; not with --zca")
-    add("--canvas_size", type=utils.count, default=2, help="with --texture: side of a canvas, in images")
-    add("--canvas_samples", type=utils.count, default=1, help="with --texture: windows per canvas in a batch")
+    utils.add_flag(add, "--no_aug", help="no augmentation while distilling (evaluation keeps its own)")
+    utils.add_flag(add, "--texture", help="distill canvases, from which random windows are cut; not with --zca")
+    add("--canvas_size", type=utils.count, default=2, metavar="IMAGES", help="with --texture: side of a canvas")
+    add("--canvas_samples", type=utils.count, default=1, metavar="N",
+        help="with --texture: windows per canvas in a batch")
+    add = parser.topic("evaluation")
     add("--eval_mode", choices=sorted(EVAL_POOLS), default="S",
         help="networks to evaluate on: S itself; A ConvNet, MLP, ResNet18; "
         "R, M, C itself and ResNet18, MLP, ConvNet; W, D, P, N ConvNet's widths, depths, poolings, normalisations")
-    add("--num_eval", type=utils.count, default=5, help="fresh networks per evaluation")
-    add("--eval_it", type=utils.count, default=100, help="iterations from one evaluation to the next")
-    add("--epoch_eval_train", type=utils.count, default=1000, help="epochs on the synthetic images in an evaluation")
-    add("--batch_real", type=utils.count, default=256, help="real images per batch when testing a network")
-    add("--max_files", type=utils.count, help="trajectory files to read (default: all)")
-    add("--max_experts", type=utils.count, help="experts to read per file (default: all)")
-    utils.add_flag(parser, "--skip_damaged", help="go on without damaged trajectory files and experts")
-    utils.add_flag(parser, "--load_all", help="hold the experts' snapshots on the device")
-    utils.add_flag(parser, "--force_save", help="log pictures to wandb with 50 images per class or more, too")
-    add("--log_dir", type=utils.expanded_path, default=Path("logged_files"), help="where results are written")
-    add("--run_name", type=folder_name, help="name of the run and its folder (default: from the settings)")
-    add("--checkpoint_every", type=utils.count, default=100,
-        help="iterations from one checkpoint to the next; the same command goes on from the last one")
+    add("--num_eval", type=utils.count, default=5, metavar="N", help="fresh networks per evaluation")
+    add("--eval_it", type=utils.count, default=100, metavar="ITERATIONS", help="from one evaluation to the next")
+    add("--epoch_eval_train", type=utils.count, default=1000, metavar="EPOCHS",
+        help="epochs on the synthetic images in an evaluation")
+    add("--batch_real", type=utils.count, default=256, metavar="IMAGES",
+        help="real images per batch when testing a network")
+    add("--evaluate", metavar="WHAT",
+        help="instead of distilling, evaluate a saved set (folder of a run, with its flags, or an images_*.pt with "
+        "labels_*.pt beside it), random: --ipc random real images per class, or full: all training images")
+    add("--export", type=utils.expanded_path, metavar="DIR",
+        help="with --evaluate: write the set as PNGs in class folders and as DD-Ranking takes it, and end")
+    add = parser.topic("results")
+    add("--log_dir", type=utils.expanded_path, default=Path("logged_files"), metavar="DIR",
+        help="where results are written")
+    add("--run_name", type=folder_name, metavar="NAME",
+        help="name of the run and its folder (default: from the settings)")
+    add("--checkpoint_every", type=utils.count, default=100, metavar="ITERATIONS",
+        help="from one checkpoint to the next; the same command goes on from the last one")
     add("--resume", type=utils.expanded_path, metavar="DIR", help="go on with the run in DIR, with the flags it had")
-    add("--wandb_mode", choices=("online", "offline", "disabled"), help="default: online when logged in, else offline")
-    add("--wandb_project", type=wandb_name, default="DatasetDistillation", help="wandb project")
-    add("--wandb_entity", type=wandb_name, help="wandb user or team")
+    utils.add_flag(add, "--force_save", help="log pictures to wandb with 50 images per class or more, too")
     args = parser.parse_args()
-    if args.resume:
-        for flag in ("--run_name", "--log_dir"):
-            if any(argument.split("=")[0] == flag for argument in sys.argv):
-                parser.error(f"--resume and {flag} both name the run's folder: leave one out")
+    given = {argument.split("=")[0] for argument in sys.argv[1:]}
+    for flag, others in (("--resume", ("--run_name", "--log_dir", "--evaluate")), ("--export", ())):
+        for other in given.intersection(others) if flag in given else ():
+            parser.error(f"{flag} and {other} exclude each other: leave one out")
+    if args.export and args.evaluate in (None, "random", "full"):
+        parser.error("--export needs --evaluate with a saved set")
+    if args.resume or args.evaluate not in (None, "random", "full"):
+        folder = args.resume or saved_folder(args.evaluate)
         try:
-            args = parser.parse_args([*read_run(args.resume)["flags"], *sys.argv[1:]])  # of two, the last one counts
+            args = parser.parse_args([*read_run(folder)["flags"], *sys.argv[1:]])  # of two, the last one counts
         except FileNotFoundError:
-            parser.error(f"--resume={args.resume}: no run was begun there (it has no {RUN_FILE})")
+            if args.resume:
+                parser.error(f"--resume={args.resume}: no run was begun there (it has no {RUN_FILE})")
         except ReportedError as error:
             parser.error(str(error))
+    if args.evaluate == "full" and "--epoch_eval_train" not in given:
+        args.epoch_eval_train = 50  # as for experts: of real images, an epoch has thousands of times as many steps
+    args.alpha_given = "--lr_teacher" in given
     if args.zca and args.texture:
         parser.error("--zca and --texture exclude each other: whitening is fitted to whole images; leave one out")
     args.batch_syn = args.batch_syn or args.ipc * len(CLASS_NAMES)
@@ -96,17 +125,16 @@ def parse_args():
     return args
 
 
+def saved_folder(what):
+    """The folder of a saved set, which is named itself, or by one of its files."""
+    path = utils.expanded_path(what)
+    return path if path.is_dir() else path.parent
+
+
 def folder_name(text):
     """A run's name, which names a folder in --log_dir and so must not lead out of it."""
     if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
         raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder in --log_dir: choose one without '/'")
-    return text
-
-
-def wandb_name(text):
-    """A name that wandb takes."""
-    if not text or any(c in text for c in "/\\#?%:"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name on wandb: at least one character, none of /\\#?%:")
     return text
 
 
@@ -186,14 +214,14 @@ def synthetic_batches(image_syn, label_syn, steps, batch_syn, prepare, generator
 
 def run_settings(flags):
     """The flags, a dictionary, that a result depends on: all but paths, names and where it runs."""
-    left_out = ("data_path", "buffer_path", "log_dir", "run_name", "resume", "checkpoint_every", "device", "load_all",
-                "skip_damaged", "force_save")
+    left_out = ("data_path", "buffer_path", "log_dir", "run_name", "resume", "evaluate", "export", "alpha_given",
+                "checkpoint_every", "device", "load_all", "skip_damaged", "force_save")
     return {key: value for key, value in flags.items() if key not in left_out and not key.startswith("wandb")}
 
 
 def as_flags(flags):
     """The flags, a dictionary, as they are written in a shell; paths absolute; without those that name the folder."""
-    left_out = ("log_dir", "run_name", "resume", "compile")
+    left_out = ("log_dir", "run_name", "resume", "evaluate", "export", "alpha_given", "compile")
     written = {key: value.resolve() if isinstance(value, Path) else value for key, value in flags.items()
                if key not in left_out and value is not None}
     return [*(f"--{key}={value}" for key, value in written.items()), f"--{'' if flags['compile'] else 'no-'}compile"]
@@ -297,6 +325,46 @@ def save_synthetic(folder, tags, image_syn, label_syn, syn_lr, data: Data):
             files.write_whole(folder / f"{name}_{tag}.pt", lambda file, bare=bare: torch.save(bare, file))
 
 
+def load_set(path):
+    """Synthetic images, labels, and α (None where it is not saved) from a run's folder or an images_*.pt.
+
+    Beside the latter, labels_*.pt must be. MTT's files are read, too.
+    Raises ReportedError where they are not there, or something else.
+    """
+    path = path / "images_best.pt" if path.is_dir() else path
+    tensors = []
+    for name in ("images", "labels", "syn_lr"):
+        file = path.with_name(path.name.replace("images", name, 1))
+        try:
+            tensors.append(torch.load(file, map_location="cpu", weights_only=True))
+        except FileNotFoundError:
+            if name != "syn_lr":
+                raise ReportedError(f"--evaluate={path}: {file} is not there; name a run's folder, or an images_*.pt "
+                                    "with labels_*.pt beside it, or random or full") from None
+            tensors.append(None)
+        except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
+            raise ReportedError(f"--evaluate: {file} cannot be read ({files.first_line(error)})") from None
+    images, labels, syn_lr = tensors
+    if not (all(isinstance(part, torch.Tensor) for part in (images, labels)) and images.dim() == 4
+            and images.dtype == torch.float32 and images.isfinite().all() and labels.shape == images.shape[:1]
+            and labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() < len(CLASS_NAMES)
+            and images.shape[1] == 3 and images.shape[2] == images.shape[3] >= IM_SIZE):
+        raise ReportedError(f"--evaluate: {path} holds no synthetic images of these classes: (N, 3, {IM_SIZE}, "
+                            f"{IM_SIZE}) float32, finite, and labels (N,) int64 from 0 to {len(CLASS_NAMES) - 1}")
+    return images, labels, syn_lr
+
+
+def export_set(folder, images, labels, syn_lr, data: Data):
+    """Write a synthetic set for other tools: class folders of PNGs, and a dictionary as DD-Ranking takes it.
+
+    The PNGs show it to the eye, clipped, each scaled to its own range; dd_ranking.pt has what networks learn from.
+    """
+    for number, (image, label) in enumerate(zip(report.clip(data.to_pixels(images)), labels.tolist())):
+        report.save_picture(folder / "images" / CLASS_NAMES[label], f"{number:04d}.png", report.draw_image(image))
+    content = {"image_tensor": images, "hard_labels": labels, "syn_lr": syn_lr}
+    files.write_whole(folder / "dd_ranking.pt", lambda file: torch.save(content, file))
+
+
 def check_finite(where, syn_lr, **values):
     """Raise ReportedError, naming `where`, for the first of `values` that is not finite, or for α not positive."""
     fault = next((f"{name} is not finite" for name, value in values.items() if not value.isfinite().all()), None)
@@ -346,6 +414,59 @@ def save_evaluation(folder, it, state: State, data: Data, title, *, tensors, pic
     return report.picture_log(images, state.label_syn, data, title, pictures)
 
 
+def evaluate_saved(args):
+    """What --evaluate does, instead of `main`: a table, and the same with all single accuracies in evaluation.json."""
+    device = utils.check_device(args.device)
+    args.amp = utils.check_amp(args.amp, device)
+    saved = None if args.evaluate in ("random", "full") else load_set(utils.expanded_path(args.evaluate))
+    data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
+    augment, alpha = utils.make_augment(args.dsa, args.dsa_strategy), args.lr_teacher
+    prepare = augment
+    if args.evaluate == "full":
+        name, sets = "full", [data.train] * args.num_eval
+    elif args.evaluate == "random":
+        name = f"random_ipc{args.ipc}"
+        draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
+        sets = [random_real(data, args.ipc, draw) for draw in draws]
+    else:
+        images, labels, syn_lr = saved
+        name, folder = saved_folder(args.evaluate).name, saved_folder(args.evaluate)
+        check_saved(folder, data, args.texture)
+        if syn_lr is None and not args.alpha_given:
+            raise ReportedError(f"{folder} holds no α (syn_lr_*.pt): give --lr_teacher, the step size to train with")
+        alpha = args.lr_teacher if syn_lr is None else float(syn_lr)
+        if args.export:
+            export_set(args.export, images, labels, alpha, data)
+            print(f"{len(images)} images exported to {args.export}")
+            return
+        sets = [(images.to(device), labels.to(device))] * args.num_eval
+        prepare = make_prepare(augment, args.canvas_samples if args.texture else 0)
+
+    runner = utils.Runner(args.compile, args.amp)
+    pool = {model: make_sgd_step(model, runner, device) for model in pool_of(args.eval_mode, args.model)}
+    scores = evaluate_pool(pool, sets, alpha, data=data, runner=runner, prepare=prepare, key=(args.seed, "saved"),
+                           epochs=args.epoch_eval_train, batch_train=args.batch_train, batch_real=args.batch_real)
+    title = {"full": "training images", "random": "random real images"}.get(args.evaluate, f"images of {args.evaluate}")
+    print(f"{len(sets[0][0])} {title}: {args.num_eval} networks, {args.epoch_eval_train} epochs, α = {alpha:.5f}\n")
+    print(scores_table(scores))
+    path = args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}") / "evaluation.json"
+    rows = plain([{"evaluated": args.evaluate, "images": len(sets[0][0]), "syn_lr": alpha, "scores": scores}])
+    files.write_json(path, rows[0] | {"settings": run_settings(vars(args)), "data": data.settings,
+                                      "versions": utils.versions()})
+    print(f"\nFiles: {path}")
+
+
+def check_saved(folder, data: Data, texture):
+    """Raise ReportedError where a run's images were made for other data than these; MTT's sets record nothing."""
+    try:
+        settings = read_run(folder)["settings"]
+    except FileNotFoundError:
+        return
+    now = {"dataset": data.settings["dataset"], "zca": data.settings["zca"], "data": data.settings["digest"],
+           "val_fraction": data.settings["val_fraction"], "texture": texture}
+    files.check_record(folder, settings, now, "set")
+
+
 def distill(state: State, path, run, evaluate_random_real, evaluate_synthetic, update, *, iterations, eval_it,
             checkpoint_every):
     """From what `state` has reached to the end. A checkpoint goes to `path` as often as asked for, and on a signal.
@@ -360,7 +481,7 @@ def distill(state: State, path, run, evaluate_random_real, evaluate_synthetic, u
             print(Evaluations.header, flush=True)
             if not state.baselines:
                 evaluate_random_real(state.syn_lr.item())
-            with tqdm(total=iterations, initial=len(state.losses), mininterval=1) as bar:
+            with utils.progress(total=iterations, initial=len(state.losses)) as bar:
                 for it in range(len(state.losses), iterations + 1):
                     stop.check()
                     log = {"Progress": it, "Synthetic_LR": state.syn_lr.item()}
@@ -372,7 +493,8 @@ def distill(state: State, path, run, evaluate_random_real, evaluate_synthetic, u
                         state.save(path)
                     if it < iterations:
                         run.log(update(it), step=it)
-                        bar.set_postfix(loss=f"{state.losses[-1]:.4f}", α=f"{state.syn_lr.item():.5f}", refresh=False)
+                        bar.set_postfix(loss=f"{state.losses[-1]:.4f}", α=f"{state.syn_lr.item():.5f}",
+                                        best=f"{mean_choice(state.evaluations.best['scores']):.1%}", refresh=False)
                         bar.update()
             best = state.evaluations.best
             if best["iteration"] and len(state.baselines) == 1:  # what of the gain is due to the learned α
@@ -385,10 +507,11 @@ def distill(state: State, path, run, evaluate_random_real, evaluate_synthetic, u
 
 def main():
     args = parse_args()
+    if args.evaluate:
+        return evaluate_saved(args)
     device = utils.check_device(args.device)
     flags = as_flags(vars(args))  # as they were given
     args.amp = utils.check_amp(args.amp, device)
-    pool = list(dict.fromkeys(args.model if name == "model" else name for name in EVAL_POOLS[args.eval_mode]))
 
     student = make_student(args.model, args.amp, device)  # refuses names before loading
     experts = load_experts(expert_folder(args.buffer_path, args.dataset, args.zca, args.model), student.shapes,
@@ -415,9 +538,9 @@ def main():
     prepare_eval = make_prepare(augment, windows)
     runner = utils.Runner(args.compile, args.amp)
     unroll = UNROLLS[args.unroll](student, runner.function)
-    evaluated = partial(evaluate_pool, {name: make_sgd_step(name, runner, device) for name in pool}, data=data,
-                        runner=runner, epochs=args.epoch_eval_train, batch_train=args.batch_train,
-                        batch_real=args.batch_real)
+    pool = {name: make_sgd_step(name, runner, device) for name in pool_of(args.eval_mode, args.model)}
+    evaluated = partial(evaluate_pool, pool, data=data, runner=runner, epochs=args.epoch_eval_train,
+                        batch_train=args.batch_train, batch_real=args.batch_real)
 
     def evaluate_random_real(alpha):
         scores = evaluated(real_sets, alpha, prepare=augment, key=(args.seed, "random real"))
@@ -430,6 +553,8 @@ def main():
         is_best = state.evaluations.add(it, scores, alpha, state.losses, state.elapsed())
         tqdm.write(state.evaluations.table())
         save_results(folder, settings, data, experts, state)
+        run_title = f"{args.dataset}, {args.model}, images per class: {args.ipc}, seed {args.seed}"
+        report.save_curves(folder, run_title, state.losses, state.evaluations.rows, state.baselines)
         title = f"{args.dataset}, {args.model}, iteration {it}"
         return state.evaluations.log() | save_evaluation(
             folder, it, state, data, title, tensors=is_best or it % 1000 == 0 or it == args.Iteration,
@@ -437,6 +562,7 @@ def main():
 
     def update(it):
         """An iteration of distillation: what wandb logs of it."""
+        begin = time.perf_counter()
         expert = int(torch.randint(len(experts.members), (1,), generator=random))
         start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=random))
         where = f"iteration {it} ({experts.members[expert].name}, start epoch {start_epoch})"
@@ -447,7 +573,7 @@ def main():
         check_finite(where, state.syn_lr, loss=loss, **dict(zip(("∂L/∂images", "∂L/∂α"), gradients)))
         state.step(loss, *gradients)
         check_finite(where, state.syn_lr, images=state.image_syn)
-        return {"Grand_Loss": state.losses[-1], "Start_Epoch": start_epoch}
+        return {"Grand_Loss": state.losses[-1], "Start_Epoch": start_epoch, "Seconds": time.perf_counter() - begin}
 
     with files.locked(folder, wait=False) as mine:
         if not mine:
@@ -455,13 +581,17 @@ def main():
         run_id = open_run(folder, settings, flags)
         state.load(folder / CHECKPOINT)
         if not state.finished:
-            run = report.start_wandb(folder, run_id, settings, args.wandb_mode, args.wandb_project, args.wandb_entity)
+            config = settings | {"device": str(device)} | utils.versions()
+            run = report.Dashboard(folder, folder.name, config, "Progress", mode=args.wandb_mode,
+                                   project=args.wandb_project, entity=args.wandb_entity, run_id=run_id)
             print(f"{len(state.label_syn)} synthetic images, {len(experts.members)} experts; results in {folder}")
+            print(run.place)
             distill(state, folder / CHECKPOINT, run, evaluate_random_real, evaluate_synthetic, update,
                     iterations=args.Iteration, eval_it=args.eval_it, checkpoint_every=args.checkpoint_every)
             save_results(folder, settings, data, experts, state)
             report.save_animation(folder)
-            run.finish()
+            run.finish(**state.evaluations.summary(), Total_Seconds=state.elapsed(),
+                       Peak_Memory=utils.peak_memory(device))
             state.finished = True
             state.save(folder / CHECKPOINT)
         print(summary(data, experts, state, folder), flush=True)

@@ -1,6 +1,6 @@
 """Evaluation: fresh networks are trained on a synthetic set, and tested on real images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -8,11 +8,10 @@ import torch
 from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from tqdm import tqdm
 
 import utils
 from reparam_module import ReparamModule
-from utils import Data, stop
+from utils import CLASS_NAMES, Data, stop
 
 EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` standing for --model
     "S": ("model",),
@@ -29,10 +28,14 @@ EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` stan
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies, in [0, 1], of the networks of one evaluation; `val` is empty without a validation set."""
+    """Accuracies, in [0, 1], of the networks of one evaluation; `val` is empty without a validation set.
+
+    `classes` has the test accuracies in each class, a list for every network.
+    """
 
     val: list
     test: list
+    classes: list = field(default_factory=list)
 
     def __str__(self):
         parts = (f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" if part else "" for part in (self.val, self.test))
@@ -63,7 +66,7 @@ def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, 
                                   name=f"evaluation {index + 1}/{len(networks)}, {model}", **settings)
     val, test = ([utils.accuracy(network, logits, *part, batch_real) for network, logits in zip(networks, runs)]
                  if len(part[1]) else [] for part in (data.val, data.test))
-    return Scores(val, test)
+    return Scores([total for total, _ in val], [total for total, _ in test], [classes for _, classes in test])
 
 
 def make_sgd_step(model, runner, device):
@@ -99,7 +102,7 @@ def train_together(networks, step, training_sets, syn_lr, *, epochs, batch_size,
     """
     thetas = torch.stack([parameters_to_vector(network.parameters()) for network in networks]).detach()  # (K, P)
     momenta, lr = torch.zeros_like(thetas), torch.tensor(syn_lr, device=thetas.device)
-    for epoch in tqdm(range(epochs + 1), desc=name, unit="epochs", mininterval=1, leave=False):
+    for epoch in utils.progress(range(epochs + 1), desc=name, unit="epochs", leave=False):
         of_each = [utils.shuffled_batches(*training_set, batch_size, prepare, generator)
                    for training_set, generator in zip(training_sets, generators)]
         for batches in zip(*of_each):
@@ -117,11 +120,27 @@ def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch
     tenth of the rate and a fresh optimiser.
     """
     optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr, momentum=0.9, weight_decay=5e-4)
-    for epoch in tqdm(range(epochs + 1), desc=name, unit="epochs", mininterval=1, leave=False):
+    for epoch in utils.progress(range(epochs + 1), desc=name, unit="epochs", leave=False):
         stop.check()
         utils.train_epoch(logits, optimizer, image_syn, label_syn, batch_size, prepare, generator)
         if epoch == epochs // 2 + 1:
             optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr * 0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def pool_of(mode, model):
+    """The names of the networks that --eval_mode evaluates on, each once."""
+    return list(dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode]))
+
+
+def scores_table(scores):
+    """Lines for scores by network: in all, and in each class."""
+    lines = [f"{'network':22} {'validation':^16}   {'test':^16}"]
+    lines += [f"{network:22} {score}" for network, score in scores.items()]
+    lines += ["", f"{'test, by class':22} " + "   ".join(f"{network:16}" for network in scores)]
+    for label, name in enumerate(CLASS_NAMES):
+        parts = ([classes[label] for classes in score.classes] for score in scores.values())
+        lines.append(f"{name:22} " + "   ".join(f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" for part in parts))
+    return "\n".join(lines)
 
 
 def evaluate_pool(pool, training_sets, syn_lr, *args, **settings):
@@ -132,7 +151,7 @@ def evaluate_pool(pool, training_sets, syn_lr, *args, **settings):
 class Evaluations:
     """All evaluations of a run, oldest first, and which of them is the best (on average over the networks)."""
 
-    header = f"{'iteration':>9} {'network':12} {'validation':^16}   {'test':^16}   {'α':>8}  {'loss':>6}"
+    header = f"{'iteration':>9} {'network':12} {'validation':^16}   {'test':^16}   {'α':>8}  {'loss':>6}  {'time':>8}"
 
     def __init__(self, rows=()):
         self.rows = list(rows)
@@ -153,8 +172,8 @@ class Evaluations:
         return self.best is self.rows[-1]
 
     def log(self):
-        """The wandb keys of the latest evaluation."""
-        log = {}
+        """The wandb keys of the latest evaluation; `Loss` is the mean of the iterations since the one before."""
+        log = {} if self.rows[-1]["loss"] is None else {"Loss": self.rows[-1]["loss"]}
         for network, scores in self.rows[-1]["scores"].items():
             best = max((row["scores"][network] for row in self.rows), key=lambda scores: scores.choice)
             for prefix, part in (("", "test"), ("Validation_", "val")):
@@ -165,11 +184,22 @@ class Evaluations:
                             f"Max_{prefix}Std/{network}": np.std(getattr(best, part))}
         return log
 
+    def summary(self):
+        """What wandb's table of runs shows of this one: best and final accuracy, and α then."""
+        summary = {"Best_Iteration": self.best["iteration"]}
+        for prefix, row in (("Best", self.best), ("Final", self.rows[-1])):
+            summary[f"{prefix}_Synthetic_LR"] = row["syn_lr"]
+            for network, scores in row["scores"].items():
+                summary[f"{prefix}_Accuracy/{network}"] = np.mean(scores.test)
+                summary[f"{prefix}_Std/{network}"] = np.std(scores.test)
+        return summary
+
     def table(self):
         """Lines for the latest evaluation, one per network."""
         row = self.rows[-1]
         loss = "" if row["loss"] is None else f"{row['loss']:6.4f}"
-        return "\n".join(f"{row['iteration']:9d} {network:12} {scores}   {row['syn_lr']:8.5f}  {loss}"
+        time = utils.duration(row["seconds"])
+        return "\n".join(f"{row['iteration']:9d} {network:12} {scores}   {row['syn_lr']:8.5f}  {loss:>6}  {time:>8}"
                          for network, scores in row["scores"].items())
 
 

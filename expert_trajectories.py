@@ -15,9 +15,9 @@ import time
 from contextlib import contextmanager
 
 import torch
-from tqdm import tqdm
 
 import files
+import report
 import utils
 from files import ReportedError
 from trajectories import add_expert, expert_files, expert_folder, read_record, read_trajectories
@@ -27,12 +27,12 @@ from utils import Data
 def parse_args():
     parser = utils.Parser(__doc__.splitlines()[0])
     utils.add_shared_flags(parser, batch_train=128)
-    add = parser.add_argument
+    add = parser.topic("experts")
     add("--num_experts", type=utils.count, default=100, help="how many experts to train")
     add("--train_epochs", type=utils.count, default=50, help="epochs of each expert")
     add("--mom", type=utils.number(float, 0, below=1), default=0.0, help="momentum")
     add("--l2", type=utils.not_negative, default=0.0, help="weight decay")
-    utils.add_flag(parser, "--decay", help="a tenth of the learning rate after epoch train_epochs // 2 + 1")
+    utils.add_flag(add, "--decay", help="a tenth of the learning rate after epoch train_epochs // 2 + 1")
     add("--save_interval", type=utils.count, default=10, help="experts per file")
     return parser.parse_args()
 
@@ -42,18 +42,22 @@ def snapshot(network):
     return [p.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for p in network.parameters()]
 
 
-def train_expert(network, logits, data: Data, augment, generator, bar, *, epochs, batch_size, lr, mom, l2, decay):
-    """Train `network` on the real images: its `epochs` + 1 snapshots, and what it reached after each epoch."""
+def train_expert(network, logits, data: Data, augment, generator, bar, log, *, epochs, batch_size, lr, mom, l2, decay):
+    """Train `network` on the real images: its `epochs` + 1 snapshots, and what it reached after each epoch.
+
+    `log` takes the latter, too, as soon as it is known.
+    """
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=mom, weight_decay=l2)
     trajectory, curves = [snapshot(network)], {"loss": [], "train_accuracy": [], "test_accuracy": []}
     for epoch in range(epochs):
         loss, train_accuracy = utils.train_epoch(logits, optimizer, *data.train, batch_size, augment, generator, bar)
-        test_accuracy = utils.accuracy(network, logits, *data.test, batch_size)
+        test_accuracy, _ = utils.accuracy(network, logits, *data.test, batch_size)
         trajectory.append(snapshot(network))
         if not (loss.isfinite() and all(p.isfinite().all() for p in trajectory[-1])):
             raise ReportedError(f"an expert diverged in epoch {epoch + 1}: lower --lr_teacher={lr} or --mom={mom}")
         for curve, value in zip(curves.values(), (loss, train_accuracy, test_accuracy)):
             curve.append(round(float(value), 6))
+        log({"Epoch": epoch + 1} | {key.title(): curve[-1] for key, curve in curves.items()}, step=epoch + 1)
         bar.set_postfix(loss=f"{loss:.3f}", train=f"{train_accuracy:.1%}", test=f"{test_accuracy:.1%}")
         if decay and epoch == epochs // 2 + 1:
             optimizer = torch.optim.SGD(network.parameters(), lr=lr * 0.1, momentum=mom, weight_decay=l2)
@@ -123,14 +127,21 @@ def main():
                 break
             generator, start = utils.make_generator("expert", seed), time.time()
             network = utils.initial_network(args.model, generator, device)
-            with tqdm(total=args.train_epochs * batches, desc=f"expert {seed - args.seed}", unit="batches",
-                      mininterval=1) as bar:
-                trajectory, curves = train_expert(network, runner(network), data, augment, generator, bar,
+            name = f"expert {seed - args.seed}"
+            run = report.Dashboard(folder, name, settings | training | {"expert": seed - args.seed}, "Epoch",
+                                   mode=args.wandb_mode, project=args.wandb_project, entity=args.wandb_entity,
+                                   group=f"experts {folder.parent.name}/{args.model}")
+            with utils.progress(total=args.train_epochs * batches, desc=name, unit="batches", leave=False) as bar:
+                trajectory, curves = train_expert(network, runner(network), data, augment, generator, bar, run.log,
                                                   **hyperparameters)
+            run.finish()
             expert = {"seed": seed, "seconds": round(time.time() - start, 1)} | curves
             path = folder / f"replay_buffer_{(seed - args.seed) // args.save_interval}.pt"
             with files.locked(folder):
                 add_expert(path, trajectory, expert, record)
+            print(f"{name:10} loss {curves['loss'][-1]:.4f}, train {curves['train_accuracy'][-1]:7.2%}, "
+                  f"test {curves['test_accuracy'][-1]:7.2%}, {utils.duration(expert['seconds'])}; in {path.name}",
+                  flush=True)
     done = experts_in(folder, settings | training).intersection(seeds)
     others = ", others are being trained by other processes" if len(done) < args.num_experts else ""
     print(f"{len(done)} of {args.num_experts} experts are in {folder}{others}")

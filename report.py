@@ -3,15 +3,23 @@
 import os
 import warnings
 
+import numpy as np
 import wandb
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 import files
-from files import ReportedError, first_line
+from files import first_line
 from utils import CLASS_NAMES, Data
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and files
+
+
+def draw_image(image):
+    """A picture of an image (3, H, W), scaled to its own range."""
+    image = image - image.min()
+    return Image.fromarray((image / image.max().clamp(min=1e-8) * 255).byte().permute(1, 2, 0).numpy())
 
 
 def draw_grid(images, labels, title):
@@ -27,9 +35,7 @@ def draw_grid(images, labels, title):
     # The images are ordered by class: five columns take them as they come, ten take each class down a column.
     order = range(count) if columns == 5 else [c * rows + r for r in range(rows) for c in range(columns)]
     for place, index in enumerate(order):
-        image = images[index] - images[index].min()
-        pixels = (image / image.max().clamp(min=1e-8) * 255).byte().permute(1, 2, 0).numpy()
-        tile = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        tile = draw_image(images[index]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         left, top = place % columns * cell_w + 8, place // columns * cell_h + head
         picture.paste(tile, (left, top))
         draw.text((left, top + height * scale + 2), CLASS_NAMES[labels[index]], fill="black", font=font)
@@ -54,36 +60,111 @@ def save_animation(folder):
                  duration=[200] * len(others) + [2000], loop=0)
 
 
+def save_curves(folder, title, losses, rows, baselines):
+    """`curves.png`: accuracy, matching loss and α against the iteration.
+
+    losses     of each iteration
+    rows       evaluations of the synthetic images
+    baselines  evaluations of random real images
+    """
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    figure.suptitle(title)
+    accuracy, loss, alpha = figure.subplots(1, 3)
+    iterations = [row["iteration"] for row in rows]
+    for number, network in enumerate(rows[-1]["scores"]):
+        for part, style in (("test", "-"), ("val", "--")):
+            values = [getattr(row["scores"][network], part) for row in rows]
+            if values[0]:
+                mean, std = 100 * np.mean(values, 1), 100 * np.std(values, 1)
+                name = {"test": "test", "val": "validation"}[part]
+                accuracy.plot(iterations, mean, style, color=f"C{number}", marker=".", label=f"{network}, {name}")
+                accuracy.fill_between(iterations, mean - std, mean + std, color=f"C{number}", alpha=0.12, linewidth=0)
+        real = 100 * np.mean(baselines[0]["scores"][network].test)
+        accuracy.axhline(real, color=f"C{number}", linestyle=":", label=f"{network}, random real images, test")
+    accuracy.set(xlabel="iteration", ylabel="accuracy, % (mean ± std of the networks)")
+    accuracy.legend(fontsize="small")
+    window = max(1, len(losses) // 50)
+    loss.plot(losses, color="C0", alpha=0.3 if window > 1 else 1, linewidth=0.8, label="each iteration")
+    if window > 1:
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        loss.plot(np.arange(len(smooth)) + window // 2, smooth, color="C0", label=f"mean of {window}")
+    loss.axhline(1, color="grey", linestyle=":", label="a student that does not move")
+    loss.set(xlabel="iteration", ylabel="matching loss")
+    loss.legend(fontsize="small")
+    alpha.plot(iterations, [row["syn_lr"] for row in rows], marker=".")
+    alpha.set(xlabel="iteration", ylabel="α, the learned step size")
+    for axis in (accuracy, loss, alpha):
+        axis.grid(alpha=0.3)
+    files.write_whole(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights & Biases
 
 
-def start_wandb(folder, run_id, config, mode, project, entity):
-    """A wandb run that never asks and never fails the run: online when logged in and reachable, else offline.
-
-    A `run_id` that has been used before continues that run.
-    """
-    mode = mode or os.environ.get("WANDB_MODE")
-    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # instead of the home directory
-    options = {"dir": folder, "config": config, "project": project, "entity": entity, "name": folder.name,
-               "id": run_id, "resume": "allow", "settings": wandb.Settings(silent=True, init_timeout=30)}
+def logged_in():
+    """Whether wandb knows an account, on this machine or by its environment."""
     try:
-        if mode in (None, "online") and not wandb.login(prompt=False, verify=False):
-            if mode == "online":
-                warnings.warn("--wandb_mode=online, but nobody is logged in (wandb login): logging offline")
-            mode = "offline"
-        run = wandb.init(mode=mode or "online", **options)
-    except (wandb.Error, ValueError) as error:  # ValueError: of what WANDB_... variables may hold
-        warnings.warn(f"wandb cannot go online ({first_line(error)}): logging offline")
+        return wandb.login(prompt=False, verify=False)
+    except Exception as error:
+        warnings.warn(f"wandb cannot log in: {first_line(error)}")
+        return False
+
+
+class Dashboard:
+    """A run on Weights & Biases that never asks anything, and never ends the script: what fails is a warning.
+
+    Online when logged in and reachable, else offline, in `folder`/wandb. A `run_id` that has been used before continues
+    that run. `axis` is the key that all others are drawn against.
+    """
+
+    def __init__(self, folder, name, config, axis, *, mode, project, entity, run_id=None, group=None):
+        os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # instead of the home directory
+        self.folder, self.run = folder / "wandb", None
+        options = {"dir": folder, "name": name, "config": config, "project": project, "entity": entity, "group": group,
+                   "id": run_id, "resume": "allow" if run_id else None, "reinit": "finish_previous",
+                   "settings": wandb.Settings(silent=True, init_timeout=30)}
+        wished = mode or os.environ.get("WANDB_MODE")
+        if wished in (None, "online") and not logged_in():
+            if wished:
+                warnings.warn(f"--wandb_mode={wished}, but nobody is logged in (wandb login): logging offline")
+            wished = "offline"
+        for mode in dict.fromkeys((wished or "online", "offline")):
+            try:
+                self.run = wandb.init(mode=mode, **options)
+                break
+            except Exception as error:  # wandb's own, or of what WANDB_... variables hold, or of its service
+                warnings.warn(f"wandb cannot start in mode {mode}: {first_line(error)}")
+        self.attempt("define_metric", axis)
+        self.attempt("define_metric", "*", step_metric=axis)
+
+    def attempt(self, method, *args, **options):
+        """Call a method of wandb's run, if there is one; where it fails, warn, and go on without wandb."""
         try:
-            run = wandb.init(mode="offline", **options)
-        except (wandb.Error, ValueError) as error:
-            raise ReportedError(f"wandb: {first_line(error)} (--wandb_mode=disabled does without)") from None
-    if run.settings.mode == "offline":
-        print(f"wandb logs offline; to upload: wandb sync {folder / 'wandb'}/offline-run-*")
-    elif run.url:
-        print(f"wandb: {run.url}")
-    return run
+            if self.run:
+                getattr(self.run, method)(*args, **options)
+        except Exception as error:
+            warnings.warn(f"wandb failed, going on without: {first_line(error)}")
+            self.run = None
+
+    @property
+    def place(self):
+        """Where to look, in a line."""
+        if not self.run:
+            return "no wandb"
+        if self.run.settings.mode == "offline":
+            return (f"wandb logs offline; to upload: wandb sync {self.folder}/offline-run-*; without an account, the "
+                    "pictures and results.json show the same")
+        return f"wandb: {self.run.url or 'disabled'}"
+
+    def log(self, values, step):
+        self.attempt("log", values, step=step)
+
+    def finish(self, **summary):
+        """End the run, with what the table of runs shall show of it."""
+        if self.run:
+            self.run.summary.update(summary)
+        self.attempt("finish")
 
 
 def picture_log(image_syn, label_syn, data: Data, title, pictures):
@@ -93,10 +174,11 @@ def picture_log(image_syn, label_syn, data: Data, title, pictures):
     if not pictures:
         return log
     log["Synthetic_Pixels"] = log["Pixels"]
+    caption = f"{title}: {', '.join(dict.fromkeys(CLASS_NAMES[label] for label in label_syn))}"
     views = {"Synthetic": image_syn} | ({"Reconstructed": data.to_pixels(image_syn)} if data.zca else {})
     for name, images in views.items():
-        log[f"{name}_Images"] = wandb.Image(draw_grid(images, label_syn, title))
-        log[f"Clipped_{name}_Images/std_2.5"] = wandb.Image(draw_grid(clip(images), label_syn, title))
+        log[f"{name}_Images"] = wandb.Image(draw_grid(images, label_syn, title), caption=caption)
+        log[f"Clipped_{name}_Images/std_2.5"] = wandb.Image(draw_grid(clip(images), label_syn, title), caption=caption)
     if data.zca:
         log["Reconstructed_Pixels"] = wandb.Histogram(views["Reconstructed"])
     return log

@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -45,12 +46,29 @@ from toysat import draw_toysat
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind every flag that has one; wide enough that most flags need one line."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size((100, 24)).columns))
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag gets one line on standard error, and no flag may be abbreviated."""
+    """argparse, but a wrong flag gets one line on standard error, no flag may be abbreviated, and help has topics."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False,
+                         usage="%(prog)s [flags]")
+        self.topics = {}
+
+    def topic(self, title):
+        """`add_argument` for flags that help lists under `title`."""
+        if title not in self.topics:
+            self.topics[title] = self.add_argument_group(title)
+        return self.topics[title].add_argument
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -165,32 +183,60 @@ def strategy(text):
     return text
 
 
-def add_flag(parser, name, default=False, help=""):
-    """A flag that is on when given bare, and also takes True or False."""
-    parser.add_argument(name, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=help)
+def wandb_name(text):
+    """A name that wandb takes."""
+    if not text or any(c in text for c in "/\\#?%:"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name on wandb: at least one character, none of /\\#?%:")
+    return text
+
+
+def add_flag(add, name, default=False, help=""):
+    """By `add`, a flag that is on when given bare, and also takes True or False."""
+    add(name, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=help)
 
 
 def add_shared_flags(parser, batch_train):
     """The flags that both scripts understand; `batch_train` is the script's own default batch size."""
-    add = parser.add_argument
+    add = parser.topic("data")
     add("--dataset", choices=("EuroSAT", "ToySAT"), default="EuroSAT",
         help="EuroSAT, or ToySAT: a drawn stand-in for trying things out")
-    add("--data_path", type=expanded_path, default=Path("data"), help="folder of the data set and of its caches")
-    add("--buffer_path", type=expanded_path, default=Path("buffers"), help="folder of the expert trajectories")
-    add("--model", type=lambda name: ALIASES.get(name, name), default="ConvNet",
-        help="network: ConvNet (and variants such as ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16")
-    add("--lr_teacher", type=positive, default=0.01, help="experts' learning rate; for distillation, where α starts")
-    add("--batch_train", type=count, default=batch_train, help="images per batch when training a network")
-    add_flag(parser, "--dsa", default=True, help="differentiable Siamese augmentation; False: plain augmentation")
-    add("--dsa_strategy", type=strategy, default=DSA_STRATEGY, help="DSA groups, one of which is drawn per batch")
-    add_flag(parser, "--zca", help="ZCA whitening instead of normalisation by channel")
-    add("--val_fraction", type=number(float, 0, below=1), default=0.1,
+    add("--data_path", type=expanded_path, default=Path("data"), metavar="DIR",
+        help="folder of the data set and of its caches")
+    add("--buffer_path", type=expanded_path, default=Path("buffers"), metavar="DIR",
+        help="folder of the expert trajectories")
+    add_flag(add, "--zca", help="ZCA whitening instead of normalisation by channel")
+    add("--val_fraction", type=number(float, 0, below=1), default=0.1, metavar="[0,1)",
         help="part of the training images kept to choose the best iteration; 0: choose on the test set, as MTT does")
-    add("--seed", type=number(int, 0, below=2**31), default=0, help="everything random follows from it")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    add = parser.topic("network and training")
+    add("--model", type=lambda name: ALIASES.get(name, name), default="ConvNet", metavar="NAME",
+        help="network: ConvNet (and variants such as ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16")
+    add("--lr_teacher", type=positive, default=0.01, metavar="RATE",
+        help="experts' learning rate; for distillation, where α starts")
+    add("--batch_train", type=count, default=batch_train, metavar="IMAGES",
+        help="images per batch when training a network")
+    add_flag(add, "--dsa", default=True, help="differentiable Siamese augmentation; False: plain augmentation")
+    add("--dsa_strategy", type=strategy, default=DSA_STRATEGY, metavar="GROUPS",
+        help="DSA groups, one of which is drawn per batch")
+    add = parser.topic("machine")
+    add("--seed", type=number(int, 0, below=2**31), default=0, metavar="N", help="everything random follows from it")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="torch device")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
         help="torch.compile experts, student and evaluation networks")
-    add_flag(parser, "--amp", help="experts, student and evaluation networks in bfloat16 (autocast)")
+    add_flag(add, "--amp", help="experts, student and evaluation networks in bfloat16 (autocast)")
+    add = parser.topic("Weights & Biases")
+    add("--wandb_mode", choices=("online", "offline", "disabled"), help="default: online when logged in, else offline")
+    add("--wandb_project", type=wandb_name, default="DatasetDistillation", metavar="NAME", help="wandb project")
+    add("--wandb_entity", type=wandb_name, metavar="NAME", help="wandb user or team (default: yours)")
+
+
+def progress(iterable=None, **options):
+    """A progress bar on standard error; none where that is no terminal, so that logs stay readable."""
+    return tqdm(iterable, mininterval=1, disable=None, **options)
+
+
+def duration(seconds):
+    """Seconds as h:mm:ss."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def check_device(name):
@@ -231,6 +277,17 @@ def make_generator(*key):
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def peak_memory(device):
+    """The most that this process has held at once, in bytes: of a GPU where `device` is one, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):  # no Linux
+        return None
 
 
 def versions():
@@ -325,7 +382,7 @@ def unpack_eurosat(archive):
                 size = sum(member.file_size for member in members)  # more than that, zipfile does not read
                 if size > ARCHIVE_LIMIT:
                     raise ReportedError(f"{archive} unpacks to {size / 1e9:.0f} GB, EuroSAT to 0.1: fetch it again")
-                for member in tqdm(members, desc=f"unpacking {archive.name}"):
+                for member in progress(members, desc=f"unpacking {archive.name}"):
                     *_, folder, name = ("", *member.filename.split("/"))  # all else of the path is left out
                     if folder in CLASS_NAMES:
                         path = unpacked / folder / name
@@ -370,7 +427,7 @@ def decode_jpegs(paths):
         images[index] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(decode, range(len(paths))), total=len(paths), desc="decoding JPEGs", unit="images"):
+        for _ in progress(pool.map(decode, range(len(paths))), total=len(paths), desc="decoding JPEGs", unit="images"):
             pass
     return images
 
@@ -765,14 +822,15 @@ def train_epoch(logits, optimizer, images, labels, batch_size, prepare, generato
 
 @torch.no_grad()
 def accuracy(network, logits, images, labels, batch_size):
-    """Fraction of `images` (N, C, H, W) that the network labels rightly."""
+    """Fraction of `images` (N, C, H, W) that the network labels rightly, and the same for each class, a list."""
     network.eval()
     predicted = []
     for x in images.split(batch_size):
         padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, batch_size - len(x)))  # one shape: one compiled graph serves all
         predicted.append(logits(padded)[: len(x)].argmax(1))
     network.train()
-    return (torch.cat(predicted) == labels).double().mean().item()
+    hits = (torch.cat(predicted) == labels).double()
+    return hits.mean().item(), [hits[labels == label].mean().item() for label in range(len(CLASS_NAMES))]
 
 
 def make_augment(dsa, strategy):

@@ -33,13 +33,15 @@ def history(folder):
     """The rows that an offline run logged, as dictionaries, from its first start to its last."""
     rows = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        rows += history_of(path.read_bytes())
+        items = (record.history.item for record in records_of(path.read_bytes())
+                 if record.WhichOneof("record_type") == "history")
+        rows += [{item.key or "|".join(item.nested_key): json.loads(item.value_json) for item in row} for row in items]
     return rows
 
 
-def history_of(content):
-    """The rows in one .wandb file, a LevelDB log of protobuf records."""
-    block, position, part, rows = 32768, 7, b"", []
+def records_of(content):
+    """The records in a .wandb file, a LevelDB log of protobuf messages."""
+    block, position, part = 32768, 7, b""
     while position + 7 <= len(content):
         if block - position % block < 7:  # no record starts in the last bytes of a block
             position += block - position % block
@@ -48,11 +50,8 @@ def history_of(content):
         part += content[position + 7:position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
-            record, part = wandb_internal_pb2.Record.FromString(part), b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or "|".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+            yield wandb_internal_pb2.Record.FromString(part)
+            part = b""
 
 
 @pytest.fixture(scope="session")

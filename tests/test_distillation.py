@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from conftest import history
+from conftest import history, records_of
 from PIL import Image
 
 import evaluation
@@ -115,7 +115,8 @@ def test_a_run_draws_a_grid_per_evaluation_and_an_animation_of_them(whole_run):
 
 def test_a_run_leaves_no_other_files(whole_run):
     _, folder, record = whole_run
-    expected = {"run.json", "checkpoint.pt", "results.json", "animation.gif", "wandb"}
+    expected = {"run.json", "checkpoint.pt", "results.json", "animation.gif", "curves.png",
+                "wandb"}
     expected |= {f"grid_00000{it}.png" for it in range(3)}
     improved = {str(it) for it in range(3) if (folder / f"images_{it}.pt").exists()}
     assert {"0", str(record["best_iteration"])} <= improved
@@ -156,14 +157,55 @@ def test_wandb_logs_offline_under_the_documented_keys_without_asking(whole_run):
     assert [row["Progress"] for row in rows] == [0, 1, 2]
     keys = {key.split("|")[0] for key in rows[0]}
     assert keys >= {"Progress", f"Accuracy/{MODEL}", f"Max_Accuracy/{MODEL}", f"Std/{MODEL}", f"Max_Std/{MODEL}",
-                    "Pixels", "Synthetic_Images", "Synthetic_Pixels", "Clipped_Synthetic_Images/std_2.5",
+                    "Seconds", "Pixels", "Synthetic_Images", "Synthetic_Pixels", "Clipped_Synthetic_Images/std_2.5",
                     "Synthetic_LR", "Grand_Loss", "Start_Epoch"}
     for row, recorded in zip(rows, record["evaluations"]):
         assert row[f"Accuracy/{MODEL}"] == pytest.approx(recorded["scores"][MODEL]["test"][0])
         assert row["Synthetic_LR"] == pytest.approx(recorded["syn_lr"])
     for row, recorded in zip(rows, record["evaluations"][1:]):
         assert row["Grand_Loss"] == pytest.approx(recorded["loss"]) and row["Start_Epoch"] in (0, 1)
-    assert "wandb sync" in done.stdout and "wandb: (" not in done.stdout + done.stderr
+    assert done.stdout.count("wandb sync") == 1 and "wandb: (" not in done.stdout + done.stderr
+
+
+def test_wandb_knows_axis_settings_and_what_was_reached(whole_run):
+    _, folder, record = whole_run
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    records = list(records_of(path.read_bytes()))
+    axes = {part.metric.name or part.metric.glob_name: part.metric.step_metric for part in records
+            if part.WhichOneof("record_type") == "metric"}
+    assert axes["*"] == "Progress"
+    config = {item.key: json.loads(item.value_json) for part in records if part.WhichOneof("record_type") == "run"
+              for item in part.run.config.update}
+    assert config.items() >= {"model": MODEL, "ipc": 2, "device": "cpu", "torch": torch.__version__}.items()
+    summary = {item.key or item.nested_key[0]: json.loads(item.value_json) for part in records
+               if part.WhichOneof("record_type") == "summary" for item in part.summary.update}
+    best = record["evaluations"][record["best_iteration"]]
+    assert summary["Best_Iteration"] == record["best_iteration"]
+    assert summary[f"Best_Accuracy/{MODEL}"] == pytest.approx(best["scores"][MODEL]["test"][0])
+    assert summary[f"Final_Accuracy/{MODEL}"] == pytest.approx(record["evaluations"][-1]["scores"][MODEL]["test"][0])
+    assert summary["Best_Synthetic_LR"] == best["syn_lr"]
+    assert summary["Peak_Memory"] > 10**8 and summary["Total_Seconds"] > 0
+
+
+def test_pictures_on_wandb_are_there_and_say_what_they_show(whole_run):
+    _, folder, _ = whole_run
+    (row, *_) = history(folder)
+    for key in ("Synthetic_Images", "Clipped_Synthetic_Images/std_2.5"):
+        assert all(part in row[f"{key}|caption"] for part in ("iteration 0", *utils.CLASS_NAMES))
+        (path,) = folder.glob(f"wandb/offline-run-*/files/{row[f'{key}|path']}")
+        with Image.open(path) as picture, Image.open(folder / "grid_000000.png") as grid:
+            assert picture.size == grid.size
+
+
+def test_curves_are_drawn(whole_run):
+    with Image.open(whole_run[1] / "curves.png") as picture:
+        assert picture.size == (1600, 450) and len(picture.getcolors(2**20)) > 100
+
+
+def test_a_log_file_holds_no_control_characters(whole_run):
+    done, *_ = whole_run
+    assert not any(c in done.stdout + done.stderr for c in "\r\x1b")
+    assert sum(line.startswith("iteration".rjust(9) + " network") for line in done.stdout.splitlines()) == 1
 
 
 def test_asked_to_go_online_without_a_login_wandb_goes_offline_with_a_warning(run, cheap_flags, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import history, records_of
 
 import trajectories
 import utils
@@ -32,7 +33,32 @@ def contents(folder):
 def test_the_last_partial_group_is_saved(buffers):
     assert [len(load(buffers, file)) for file in (0, 1)] == [2, 1]
     names = sorted(path.name for path in (buffers / "EuroSAT_NO_ZCA" / "ConvNetW32").iterdir())
-    assert names == [f"replay_buffer_{file}.{suffix}" for file in (0, 1) for suffix in ("json", "pt")]
+    assert names == [f"replay_buffer_{file}.{suffix}" for file in (0, 1) for suffix in ("json", "pt")] + ["wandb"]
+
+
+def test_each_expert_is_a_run_on_wandb_in_the_group_of_its_folder(buffers):
+    folder = buffers / "EuroSAT_NO_ZCA" / "ConvNetW32"
+    rows = history(folder)
+    assert [row["Epoch"] for row in rows] == [1, 2, 3] * 3
+    known = [trajectories.read_record(path)["experts"] for path in trajectories.expert_files(folder)]
+    for key in ("loss", "train_accuracy", "test_accuracy"):
+        curves = [value for experts in known for expert in experts for value in expert[key]]
+        assert [row[key.title()] for row in rows] == pytest.approx(curves)
+    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+        (run, *_) = (part.run for part in records_of(path.read_bytes()) if part.WhichOneof("record_type") == "run")
+        assert run.run_group == "experts EuroSAT_NO_ZCA/ConvNetW32"
+        assert run.display_name in ("expert 0", "expert 1", "expert 2")
+
+
+def test_a_line_tells_what_each_expert_has_reached(run_here, tiny_flags, tmp_path):
+    done = run_here(SCRIPT, *tiny_flags, "--model=MLP", "--num_experts=2", "--train_epochs=1", "--wandb_mode=disabled",
+                    f"--buffer_path={tmp_path}", cwd=tmp_path)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("expert ")]
+    assert [line.split(" loss")[0].strip() for line in lines] == ["expert 0", "expert 1"]
+    record = trajectories.read_record(tmp_path / "EuroSAT_NO_ZCA" / "MLP" / "replay_buffer_0.pt")
+    for line, expert in zip(lines, record["experts"]):
+        assert f"loss {expert['loss'][0]:.4f}" in line and f"test {expert['test_accuracy'][0]:7.2%}" in line
+        assert line.endswith("in replay_buffer_0.pt")
 
 
 def test_more_experts_complete_a_partial_group_and_equal_one_run(run_here, expert_flags, buffers, tmp_path):

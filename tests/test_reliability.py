@@ -186,7 +186,8 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_that_very_iteration(start, fin
 
 def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(start, flags, tmp_path):
     process = start(DISTILLATION, *flags, "--epoch_eval_train=100000", cwd=tmp_path)
-    process.wait_for("evaluation 1/1")
+    process.wait_for("iteration network")  # what comes next is the evaluation of real images
+    time.sleep(0.5)
     process.kill(signal.SIGTERM)
     begin = time.time()
     assert process.wait() == 128 + signal.SIGTERM and time.time() - begin < 5
@@ -225,7 +226,7 @@ def test_other_settings_are_not_resumed_and_each_is_named(start, flags, undistur
 
 def test_two_processes_do_not_share_a_run(start, flags, tmp_path):
     first = start(DISTILLATION, *flags, "--epoch_eval_train=100000", cwd=tmp_path)
-    first.wait_for("evaluation 1/1")
+    first.wait_for("iteration network")
     second = start(DISTILLATION, *flags, "--epoch_eval_train=100000", cwd=tmp_path)
     assert second.wait() == 2
     assert "another process is at work on the run in" in second.output() and "--run_name" in second.output()
@@ -272,7 +273,7 @@ def test_out_of_memory_names_the_flags_that_need_less(start, flags, tmp_path):
 def train_flags(tiny_folder):
     """Experts that take a fifth of a second each."""
     return ["--dataset=EuroSAT", f"--data_path={tiny_folder}", "--model=ConvNetW32", "--no-compile", "--train_epochs=2",
-            "--save_interval=3", "--batch_train=10", "--num_experts=8", "--val_fraction=0.5"]
+            "--save_interval=3", "--batch_train=10", "--num_experts=8", "--val_fraction=0.5", "--wandb_mode=disabled"]
 
 
 def folder_with(buffers):
@@ -328,7 +329,8 @@ def test_experts_killed_at_random_moments_end_as_if_undisturbed(start, finish, t
 def test_four_writers_share_a_folder_and_one_that_dies_gives_its_expert_back(start, finish, train_flags, eight,
                                                                               tmp_path):
     writers = [start(EXPERTS, *train_flags, f"--buffer_path={tmp_path}", cwd=tmp_path) for _ in range(4)]
-    writers[2].wait_for("batches/s")
+    writers[2].wait_for("experts are in")
+    time.sleep(0.1)
     writers[2].kill()
     assert [writer.wait() for writer in writers] == [0, 0, -signal.SIGKILL, 0]
     finish(EXPERTS, *train_flags, f"--buffer_path={tmp_path}", cwd=tmp_path)  # where the dead one's came free too late
