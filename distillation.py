@@ -45,6 +45,7 @@ from trajectories import Experts, expert_folder, load_experts
 from utils import CLASS_NAMES, IM_SIZE, Data, Stopped, stop
 
 RUN_FILE, CHECKPOINT = "run.json", "checkpoint.pt"  # in the run's folder: what it is, and how far it has come
+NO_RESULT = ("log_dir", "run_name", "resume", "evaluate", "export", "alpha_given")  # flags of where, not of what
 
 
 def parse_args():
@@ -100,9 +101,10 @@ def parse_args():
     utils.add_flag(add, "--force_save", help="log pictures to wandb with 50 images per class or more, too")
     args = parser.parse_args()
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
-    for flag, others in (("--resume", ("--run_name", "--log_dir", "--evaluate")), ("--export", ())):
-        for other in given.intersection(others) if flag in given else ():
-            parser.error(f"{flag} and {other} exclude each other: leave one out")
+    for other in given.intersection(("--run_name", "--log_dir", "--evaluate")) if args.resume else ():
+        parser.error(f"--resume and {other} exclude each other: leave one out")
+    if args.evaluate == "":
+        parser.error("--evaluate='' names nothing: name a run's folder, an images_*.pt, random or full")
     if args.export and args.evaluate in (None, "random", "full"):
         parser.error("--export needs --evaluate with a saved set")
     if args.resume or args.evaluate not in (None, "random", "full"):
@@ -214,16 +216,15 @@ def synthetic_batches(image_syn, label_syn, steps, batch_syn, prepare, generator
 
 def run_settings(flags):
     """The flags, a dictionary, that a result depends on: all but paths, names and where it runs."""
-    left_out = ("data_path", "buffer_path", "log_dir", "run_name", "resume", "evaluate", "export", "alpha_given",
-                "checkpoint_every", "device", "load_all", "skip_damaged", "force_save")
+    left_out = (*NO_RESULT, "data_path", "buffer_path", "checkpoint_every", "device", "load_all", "skip_damaged",
+                "force_save")
     return {key: value for key, value in flags.items() if key not in left_out and not key.startswith("wandb")}
 
 
 def as_flags(flags):
     """The flags, a dictionary, as they are written in a shell; paths absolute; without those that name the folder."""
-    left_out = ("log_dir", "run_name", "resume", "evaluate", "export", "alpha_given", "compile")
     written = {key: value.resolve() if isinstance(value, Path) else value for key, value in flags.items()
-               if key not in left_out and value is not None}
+               if key not in (*NO_RESULT, "compile") and value is not None}
     return [*(f"--{key}={value}" for key, value in written.items()), f"--{'' if flags['compile'] else 'no-'}compile"]
 
 
@@ -237,7 +238,10 @@ def run_folder(parent, name, settings):
 def read_run(folder):
     """What `open_run` wrote. Raises FileNotFoundError where nothing is, ReportedError for a damaged file."""
     try:
-        return files.read_json(folder / RUN_FILE, settings=dict, flags=list, wandb_id=str)
+        run = files.read_json(folder / RUN_FILE, settings=dict, flags=list, wandb_id=str)
+        if any(not isinstance(flag, str) or flag.lstrip("-").split("=")[0] in NO_RESULT for flag in run["flags"]):
+            raise ValueError("its flags are none that a run writes there")
+        return run
     except ValueError as error:
         raise ReportedError(f"{folder / RUN_FILE} is damaged ({error}): use another --run_name, or remove the folder"
                             ) from None
@@ -250,6 +254,9 @@ def open_run(folder, settings, flags):
     except FileNotFoundError:
         run = {"settings": settings, "flags": flags, "wandb_id": uuid.uuid4().hex[:8]}
         files.write_json(folder / RUN_FILE, run)
+    if run["settings"] | {"experts": ""} == settings | {"experts": ""} and run["settings"] != settings:
+        raise ReportedError(f"{folder} was begun with other experts: some were added, removed or trained again since. "
+                            "Take the same, by another --buffer_path, or begin anew under another --run_name")
     files.check_record(folder, run["settings"], settings, "--run_name")
     return run["wandb_id"]
 
@@ -345,7 +352,9 @@ def load_set(path):
         except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
             raise ReportedError(f"--evaluate: {file} cannot be read ({files.first_line(error)})") from None
     images, labels, syn_lr = tensors
-    if not (all(isinstance(part, torch.Tensor) for part in (images, labels)) and images.dim() == 4
+    if not (syn_lr is None or (isinstance(syn_lr, torch.Tensor) and syn_lr.numel() == 1 and 0 < syn_lr < math.inf)):
+        raise ReportedError(f"--evaluate: the syn_lr_*.pt beside {path} holds no step size, a positive number")
+    if not (all(isinstance(part, torch.Tensor) for part in (images, labels)) and images.dim() == 4 and len(images)
             and images.dtype == torch.float32 and images.isfinite().all() and labels.shape == images.shape[:1]
             and labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() < len(CLASS_NAMES)
             and images.shape[1] == 3 and images.shape[2] == images.shape[3] >= IM_SIZE):
@@ -359,8 +368,11 @@ def export_set(folder, images, labels, syn_lr, data: Data):
 
     The PNGs show it to the eye, clipped, each scaled to its own range; dd_ranking.pt has what networks learn from.
     """
-    for number, (image, label) in enumerate(zip(report.clip(data.to_pixels(images)), labels.tolist())):
-        report.save_picture(folder / "images" / CLASS_NAMES[label], f"{number:04d}.png", report.draw_image(image))
+    if (folder / "images").exists():
+        raise ReportedError(f"--export={folder}: there are images already: remove them, or name another folder")
+    for label, name in enumerate(CLASS_NAMES):
+        for number, image in enumerate(report.clip(data.to_pixels(images))[labels == label]):
+            report.save_picture(folder / "images" / name, f"{number:04d}.png", report.draw_image(image))
     content = {"image_tensor": images, "hard_labels": labels, "syn_lr": syn_lr}
     files.write_whole(folder / "dd_ranking.pt", lambda file: torch.save(content, file))
 
@@ -430,11 +442,14 @@ def evaluate_saved(args):
         sets = [random_real(data, args.ipc, draw) for draw in draws]
     else:
         images, labels, syn_lr = saved
-        name, folder = saved_folder(args.evaluate).name, saved_folder(args.evaluate)
+        folder, name = saved_folder(args.evaluate), Path(args.evaluate).resolve().stem
         check_saved(folder, data, args.texture)
+        if images.shape[2] != IM_SIZE and not args.texture:
+            raise ReportedError(f"--evaluate: the images of {args.evaluate} have {images.shape[2]} pixels a side, not "
+                                f"{IM_SIZE}: canvases need --texture")
         if syn_lr is None and not args.alpha_given:
             raise ReportedError(f"{folder} holds no α (syn_lr_*.pt): give --lr_teacher, the step size to train with")
-        alpha = args.lr_teacher if syn_lr is None else float(syn_lr)
+        alpha = args.lr_teacher if syn_lr is None or args.alpha_given else float(syn_lr)
         if args.export:
             export_set(args.export, images, labels, alpha, data)
             print(f"{len(images)} images exported to {args.export}")
@@ -449,10 +464,11 @@ def evaluate_saved(args):
     title = {"full": "training images", "random": "random real images"}.get(args.evaluate, f"images of {args.evaluate}")
     print(f"{len(sets[0][0])} {title}: {args.num_eval} networks, {args.epoch_eval_train} epochs, α = {alpha:.5f}\n")
     print(scores_table(scores))
-    path = args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}") / "evaluation.json"
+    settings = run_settings(vars(args)) | {"evaluate": args.evaluate, "syn_lr": alpha}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    path = args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}_{digest}") / "evaluation.json"
     rows = plain([{"evaluated": args.evaluate, "images": len(sets[0][0]), "syn_lr": alpha, "scores": scores}])
-    files.write_json(path, rows[0] | {"settings": run_settings(vars(args)), "data": data.settings,
-                                      "versions": utils.versions()})
+    files.write_json(path, rows[0] | {"settings": settings, "data": data.settings, "versions": utils.versions()})
     print(f"\nFiles: {path}")
 
 
@@ -522,7 +538,7 @@ def main():
     data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
     experts.check_settings(data.settings | {"model": args.model})
     settings = run_settings(vars(args)) | {"data": data.settings["digest"], "experts": experts.digest()}
-    folder = args.resume or run_folder(args.log_dir / args.dataset, args.run_name, settings)
+    folder = args.resume.resolve() if args.resume else run_folder(args.log_dir / args.dataset, args.run_name, settings)
     if args.load_all:
         experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
 
@@ -598,4 +614,5 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run_script(main, less_memory="lower --ipc, --batch_syn or --batch_train, use --amp, or --unroll=adjoint")
+    utils.run_script(main, less_memory="lower --ipc, --batch_syn, --batch_train or --num_eval, or use --amp or "
+                                       "--unroll=adjoint")

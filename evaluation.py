@@ -103,6 +103,7 @@ def train_together(networks, step, training_sets, syn_lr, *, epochs, batch_size,
     thetas = torch.stack([parameters_to_vector(network.parameters()) for network in networks]).detach()  # (K, P)
     momenta, lr = torch.zeros_like(thetas), torch.tensor(syn_lr, device=thetas.device)
     for epoch in utils.progress(range(epochs + 1), desc=name, unit="epochs", leave=False):
+        stop.check()
         of_each = [utils.shuffled_batches(*training_set, batch_size, prepare, generator)
                    for training_set, generator in zip(training_sets, generators)]
         for batches in zip(*of_each):

@@ -88,8 +88,8 @@ def claim(folder, settings, seeds):
 
     The expert belongs to this process until the end of the block, or until the process dies.
     """
-    missing = [seed for seed in seeds if seed not in experts_in(folder, settings)]
-    for seed in missing:
+    done = experts_in(folder, settings)
+    for seed in (seed for seed in seeds if seed not in done):
         with files.locked(folder, f".expert_{seed}.lock", wait=False) as mine:
             if mine and seed not in experts_in(folder, settings):  # another may have finished it in between
                 yield seed

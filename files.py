@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import filelock
 import torch
+
+TEMPORARY = ".eurosat-mtt.tmp"  # how the names of unfinished files and folders end: never those of others
 
 
 class ReportedError(Exception):
@@ -32,7 +34,7 @@ def write_whole(path, write):
     Raises OSError with the path. What a killed process leaves of it, `locked` removes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "w+b") as file:
             write(file)
@@ -67,14 +69,23 @@ def locked(folder, name=".lock", wait=True, reader=False):
         return
     try:
         if name == ".lock":
-            for leftover in folder.glob(".*.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove_leftovers(folder)
         yield True
     finally:
         (folder / name).unlink(missing_ok=True)
         lock.release()
         if is_new and not any(folder.iterdir()):
             folder.rmdir()  # as it was
+
+
+def remove_leftovers(folder):
+    """Remove what dead processes of this project have left in a folder: temporary files and folders, and locks."""
+    for leftover in folder.glob(f".*{TEMPORARY}"):
+        with suppress(OSError):
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+    for path in folder.glob(".expert_*.lock"):
+        with suppress(filelock.Timeout, OSError), filelock.FileLock(path, timeout=0):
+            path.unlink()
 
 
 def take_lock(path, wait):

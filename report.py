@@ -135,14 +135,14 @@ class Dashboard:
                 break
             except Exception as error:  # wandb's own, or of what WANDB_... variables hold, or of its service
                 warnings.warn(f"wandb cannot start in mode {mode}: {first_line(error)}")
-        self.attempt("define_metric", axis)
-        self.attempt("define_metric", "*", step_metric=axis)
+        self.attempt(lambda run: run.define_metric(axis))
+        self.attempt(lambda run: run.define_metric("*", step_metric=axis))
 
-    def attempt(self, method, *args, **options):
-        """Call a method of wandb's run, if there is one; where it fails, warn, and go on without wandb."""
+    def attempt(self, call):
+        """Call `call` with wandb's run, if there is one; where it fails, warn, and go on without wandb."""
         try:
             if self.run:
-                getattr(self.run, method)(*args, **options)
+                call(self.run)
         except Exception as error:
             warnings.warn(f"wandb failed, going on without: {first_line(error)}")
             self.run = None
@@ -158,13 +158,12 @@ class Dashboard:
         return f"wandb: {self.run.url or 'disabled'}"
 
     def log(self, values, step):
-        self.attempt("log", values, step=step)
+        self.attempt(lambda run: run.log(values, step=step))
 
     def finish(self, **summary):
         """End the run, with what the table of runs shall show of it."""
-        if self.run:
-            self.run.summary.update(summary)
-        self.attempt("finish")
+        self.attempt(lambda run: run.summary.update(summary))
+        self.attempt(lambda run: run.finish())
 
 
 def picture_log(image_syn, label_syn, data: Data, title, pictures):

@@ -60,9 +60,11 @@ def read_trajectories(path):
         with open(path, "rb") as file:
             found = files.checksum(file)
         if found != record["files"][0]["sha256"]:
+            if read_record(path) != record:  # replaced in between, where this reader cannot hold a lock
+                return read_trajectories(path)
             raise DamagedFile(f"{path} is damaged, its checksum is not the recorded one: {REMEDY}")
     try:
-        level = [trajectories := torch.load(path, mmap=True, weights_only=True)]
+        level = [trajectories := torch.load(path, mmap=True, map_location="cpu", weights_only=True)]
         for kind in (list, list, list, torch.Tensor):  # all experts, one, a snapshot, a tensor of it
             if not all(isinstance(part, kind) and len(part) for part in level):
                 raise TypeError("not a list of experts, of snapshots, of tensors")
@@ -83,14 +85,14 @@ def read_record(path):
     try:
         record = files.read_json(known, settings=dict, training=dict, files=list, experts=list)
         for expert in record["experts"]:
-            if not (isinstance(expert["seed"], int) and expert["loss"] and expert["test_accuracy"]):
+            if not (isinstance(expert["seed"], int) and expert["loss"] and expert["test_accuracy"][-1] >= 0):
                 raise ValueError("an expert without seed or curves")
         size = path.stat().st_size
-        present = [version for version in record["files"] if version["bytes"] == size]
+        present = [version for version in record["files"] if version["bytes"] == size and version["sha256"]]
         experts = record["experts"][:present[0]["experts"]] if present else []
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise DamagedFile(f"{known} is damaged ({type(error).__name__}: {first_line(error)}): {REMEDY}") from None
     if not present:
         raise DamagedFile(f"{path} is damaged, it has {size} bytes, which is not what is recorded: {REMEDY}")
@@ -132,12 +134,15 @@ class Experts:
                 files.check_record(path, record["settings"], settings)
 
     def digest(self):
-        """What tells one set of experts from another: a hash of settings, losses, and of where the first one ends."""
+        """What tells one set of experts from another: a hash of settings, losses, and of where the first one ends.
+
+        Of MTT's experts, which have no record, of where each of them ends.
+        """
         known = [len(self.members), *(expert.entry and expert.entry["loss"] for expert in self.members)]
         known += [[record["settings"], record["training"]] for record in self.records.values() if record]
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-        for p in self.members[0].trajectory[-1]:
-            digest.update(p.numpy().tobytes())
+        for expert in [self.members[0], *(expert for expert in self.members if not expert.entry)]:
+            digest.update(flat(expert.trajectory[-1]).numpy())
         return digest.hexdigest()[:16]
 
     def check_epochs(self, max_start_epoch, expert_epochs):

@@ -4,7 +4,6 @@ shared flags and seeding
 EuroSAT, ToySAT, splits
 ZCA, normalisation
 augmentation: differentiable Siamese (DSA) and plain
-trajectory files
 training and evaluating a network
 """
 
@@ -100,7 +99,8 @@ class Stop:
 
     def __enter__(self):
         self.signal = None
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
+                         if signal.getsignal(number) != signal.SIG_IGN}  # as of a background job
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
@@ -135,7 +135,8 @@ def run_script(main, less_memory):
         code, text = 2, f"error: out of memory ({first_line(error)}): {less_memory}"
     except (Stopped, KeyboardInterrupt) as error:
         number = error.args[0] if error.args else signal.SIGINT
-        code, text = 128 + number, f"stopped by {signal.Signals(number).name}; the same command goes on from here"
+        name = signal.Signals(number).name
+        code, text = 128 + number, f"stopped by {name}; the same command goes on from what is saved"
     else:
         return
     print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
@@ -366,14 +367,14 @@ def find_eurosat(data_path):
 def download_eurosat(data_path):
     """Let torchvision fetch and unpack EuroSAT; returns the folder of its class folders, `2750/` in `data_path`."""
     data_path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_path, prefix=".download", suffix=".tmp") as temporary:
+    with tempfile.TemporaryDirectory(dir=data_path, prefix=".download", suffix=files.TEMPORARY) as temporary:
         torchvision.datasets.EuroSAT(temporary, download=True)
         return (Path(temporary) / "eurosat" / "2750").rename(data_path / "2750")  # whole or not at all
 
 
 def unpack_eurosat(archive):
     """Unpack the JPEGs of EuroSAT's class folders, wherever they lie in the archive, into `2750/` beside it."""
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack", suffix=".tmp") as temporary:
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack", suffix=files.TEMPORARY) as temporary:
         unpacked = Path(temporary) / "2750"
         unpacked.mkdir()
         try:

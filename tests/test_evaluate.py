@@ -61,6 +61,18 @@ def test_a_flag_wins_over_that_of_the_run(evaluate, saved):
     assert list(record["scores"]) == ["ConvNetW32", "MLP"] and len(record["scores"]["MLP"]["test"]) == 1
 
 
+def test_a_step_size_that_is_given_wins_over_the_saved_one(evaluate, saved):
+    assert evaluate(f"--evaluate={saved}", "--lr_teacher=0.02", "--num_eval=1")[1]["syn_lr"] == 0.02
+
+
+def test_evaluations_with_other_settings_do_not_overwrite_each_other(run_here, saved, tmp_path):
+    for flags_ in (["--num_eval=1"], ["--num_eval=1", "--eval_mode=M"], ["--num_eval=1", "--seed=1"]):
+        done = run_here(SCRIPT, f"--evaluate={saved}", "--epoch_eval_train=1", f"--log_dir={tmp_path}", *flags_,
+                        cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("EuroSAT/evaluate_run_*/evaluation.json"))) == 3
+
+
 def test_mtts_bare_tensors_need_a_step_size(evaluate, run_here, saved, flags, tmp_path):
     bare = tmp_path / "mtt"
     bare.mkdir()
@@ -95,6 +107,7 @@ def test_a_set_is_exported_for_imagefolder_and_dd_ranking(run_here, saved, tmp_p
 
 @pytest.mark.parametrize("flags_, parts", [
     (["--evaluate=nowhere"], ["nowhere", "images_*.pt", "random"]),
+    (["--evaluate="], ["--evaluate=''", "names nothing"]),
     (["--export=out"], ["--export", "--evaluate"]),
     (["--evaluate=random", "--export=out"], ["--export", "--evaluate"]),
     (["--evaluate=random", "--resume=there"], ["--resume", "--evaluate", "leave one out"]),
@@ -115,6 +128,32 @@ def test_foreign_tensors_are_refused(run_here, flags, images, labels, tmp_path):
     torch.save(labels, tmp_path / "labels_best.pt")
     done = run_here(SCRIPT, *flags, f"--evaluate={tmp_path}", "--lr_teacher=0.01", cwd=tmp_path)
     assert done.returncode == 2 and "holds no synthetic images" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("syn_lr", [torch.tensor(-0.1), torch.tensor(torch.nan), torch.ones(2), [0.1]])
+def test_a_saved_step_size_that_is_none_is_refused(run_here, flags, saved, syn_lr, tmp_path):
+    for name in ("images", "labels"):
+        shutil.copy(saved / f"{name}_best.pt", tmp_path)
+    torch.save(syn_lr, tmp_path / "syn_lr_best.pt")
+    done = run_here(SCRIPT, *flags, f"--evaluate={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2 and "holds no step size" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_canvases_need_texture(run_here, flags, tmp_path):
+    torch.save(torch.zeros(10, 3, 128, 128), tmp_path / "images_best.pt")
+    torch.save(torch.arange(10), tmp_path / "labels_best.pt")
+    done = run_here(SCRIPT, *flags, f"--evaluate={tmp_path}", "--lr_teacher=0.01", cwd=tmp_path)
+    assert done.returncode == 2 and "canvases need --texture" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--export=elsewhere", "--log_dir=elsewhere", 1, "--run_name=x"])
+def test_a_foreign_run_cannot_name_folders(run_here, saved, flag, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "run")
+    run = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(run | {"flags": [*run["flags"], flag]}))
+    done = run_here(SCRIPT, f"--evaluate={copy}", cwd=tmp_path)
+    assert done.returncode == 2 and "run.json is damaged" in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_images_made_with_other_preprocessing_are_refused(run_here, saved, tmp_path):

@@ -19,8 +19,10 @@ import torch
 from conftest import history
 from PIL import Image
 
+import files
 import trajectories
 import utils
+from evaluation import train_together
 
 EXPERTS, DISTILLATION = "expert_trajectories.py", "distillation.py"
 KILLS = 20
@@ -224,6 +226,38 @@ def test_other_settings_are_not_resumed_and_each_is_named(start, flags, undistur
     assert "lr_img=1000.0 (here 3.0), syn_steps=2 (here 1). Use the same, or another --run_name" in line
 
 
+def test_a_run_does_not_go_on_with_other_experts(start, flags, buffers, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0] / "logged_files", tmp_path / "logged_files")
+    process = start(DISTILLATION, *flags, "--max_files=1", cwd=tmp_path)
+    assert process.wait() == 2 and "max_files=None (here 1)" in process.output()
+    copy = shutil.copytree(buffers, tmp_path / "buffers")
+    (copy / "EuroSAT_NO_ZCA" / "ConvNetW32" / "replay_buffer_1.pt").unlink()
+    process = start(DISTILLATION, *flags, f"--buffer_path={copy}", cwd=tmp_path)
+    assert process.wait() == 2
+    (line,) = process.output().splitlines()
+    assert "was begun with other experts" in line and "--buffer_path" in line
+
+
+def test_only_leftovers_of_this_project_are_removed(tmp_path):
+    ours = tmp_path / f".images_best.pt.123{files.TEMPORARY}", tmp_path / ".expert_7.lock"
+    theirs = tmp_path / ".other.tmp", tmp_path / "notes.tmp"
+    for path in (*ours, *theirs):
+        path.touch()
+    (tmp_path / f".unpack{files.TEMPORARY}").mkdir()
+    (tmp_path / f".link{files.TEMPORARY}").symlink_to(tmp_path)
+    with files.locked(tmp_path), files.locked(tmp_path, ".expert_8.lock"), files.locked(tmp_path / "x"):
+        left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".expert_8.lock", ".lock", ".other.tmp", "notes.tmp", "x"]
+
+
+def test_networks_that_are_trained_together_stop_within_an_epoch():
+    network = utils.initial_network("ConvNetD1", utils.make_generator(0), "cpu")
+    with utils.stop, pytest.raises(utils.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        train_together([network], None, [(torch.zeros(10, 3, 64, 64), torch.arange(10))], 0.01, epochs=10**9,
+                       batch_size=10, prepare=None, generators=[utils.make_generator(0)], name="")
+
+
 def test_two_processes_do_not_share_a_run(start, flags, tmp_path):
     first = start(DISTILLATION, *flags, "--epoch_eval_train=100000", cwd=tmp_path)
     first.wait_for("iteration network")
@@ -241,8 +275,8 @@ def test_wandb_goes_on_with_the_same_run(start, finish, flags, tmp_path):
     process.kill(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     finish(DISTILLATION, *online, cwd=tmp_path)
-    files = sorted((folder_of(tmp_path) / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 2 and len({path.stem for path in files}) == 1  # named after the run's id
+    logs = sorted((folder_of(tmp_path) / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logs) == 2 and len({path.stem for path in logs}) == 1  # named after the run's id
     assert [row["Progress"] for row in history(folder_of(tmp_path))] == list(range(10))
 
 
