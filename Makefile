@@ -1,5 +1,5 @@
 # make quickstart   both scripts on ToySAT, the drawn stand-in for EuroSAT: about 5 minutes on 2 CPU cores
-# make test         the tests: about 11 minutes on 2 CPU cores
+# make test         the tests: about 18 minutes on 2 CPU cores
 # make bench        time and memory of the engine; PEER=DIR: beside MTT's own loop, from a checkout: about 25 minutes
 #
 # All first make a virtual environment in .venv from requirements.txt, once. PYTHON chooses the interpreter (3.10 to 3.13).

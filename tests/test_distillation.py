@@ -15,7 +15,7 @@ from PIL import Image
 import evaluation
 import files
 import utils
-from distillation import cut_windows, synthetic_batches
+from distillation import check_finite, cut_windows, synthetic_batches
 from evaluation import Evaluations, Scores, sgd_step, train_together
 from reparam_module import ReparamModule
 from report import draw_grid
@@ -448,6 +448,17 @@ def test_a_step_size_that_leaves_the_positive_numbers_ends_the_run_in_one_line(r
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
     assert line.startswith("distillation.py: error: diverged at iteration") and "Lower --lr_lr" in line
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("values, syn_lr, fault", [
+    ({"loss": torch.tensor(math.nan)}, 0.01, "loss is not finite"),
+    ({"loss": torch.tensor(1.0), "gradient": torch.tensor([0, math.inf])}, 0.01, "gradient is not finite"),
+    ({}, -0.01, "α is not positive"), ({}, math.nan, "α is not positive"), ({}, math.inf, "α is not positive"),
+])
+def test_what_is_not_finite_is_named_with_its_place(values, syn_lr, fault):
+    with pytest.raises(files.ReportedError, match=rf"diverged at iteration 3: {fault}, α = .*Lower --lr_lr"):
+        check_finite("iteration 3", torch.tensor(syn_lr), **values)
+    check_finite("iteration 3", torch.tensor(0.01), loss=torch.tensor(1.0))
 
 
 def test_a_run_name_is_not_reused_with_other_settings(distill, run_here, cheap_flags, tmp_path):
