@@ -24,9 +24,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import datasets
 import files
+import presets
 import report
 import utils
+from datasets import Data
 from evaluation import (
     EVAL_POOLS,
     Evaluations,
@@ -42,14 +45,16 @@ from evaluation import (
 from files import ReportedError
 from reparam_module import UNROLLS, ReparamModule
 from trajectories import Experts, expert_folder, load_experts
-from utils import CLASS_NAMES, IM_SIZE, Data, Stopped, stop
+from utils import Stopped, stop
 
 RUN_FILE, CHECKPOINT = "run.json", "checkpoint.pt"  # in the run's folder: what it is, and how far it has come
-NO_RESULT = ("log_dir", "run_name", "resume", "evaluate", "export", "alpha_given")  # flags of where, not of what
+NO_RESULT = ("log_dir", "run_name", "resume", "evaluate", "export", "preset", "alpha_given")  # not what a run is
 
 
 def parse_args():
     parser = utils.Parser(__doc__.splitlines()[0])
+    presets.add_flag(parser)
+    datasets.add_flags(parser)
     utils.add_shared_flags(parser, batch_train=256)
     add = parser.topic("data")
     add("--max_files", type=utils.count, metavar="N", help="trajectory files to read (default: all)")
@@ -99,9 +104,9 @@ def parse_args():
         help="from one checkpoint to the next; the same command goes on from the last one")
     add("--resume", type=utils.expanded_path, metavar="DIR", help="go on with the run in DIR, with the flags it had")
     utils.add_flag(add, "--force_save", help="log pictures to wandb with 50 images per class or more, too")
-    args = parser.parse_args()
+    args = presets.parse_args(parser, "distillation")
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
-    for other in given.intersection(("--run_name", "--log_dir", "--evaluate")) if args.resume else ():
+    for other in given.intersection(("--run_name", "--log_dir", "--evaluate", "--preset")) if args.resume else ():
         parser.error(f"--resume and {other} exclude each other: leave one out")
     if args.evaluate == "":
         parser.error("--evaluate='' names nothing: name a run's folder, an images_*.pt, random or full")
@@ -110,7 +115,10 @@ def parse_args():
     if args.resume or args.evaluate not in (None, "random", "full"):
         folder = args.resume or saved_folder(args.evaluate)
         try:
-            args = parser.parse_args([*read_run(folder)["flags"], *sys.argv[1:]])  # of two, the last one counts
+            flags = read_run(folder)["flags"]
+            if args.preset:
+                parser.error(f"--preset={args.preset}: the run in {folder} has its own flags: leave it out")
+            args = parser.parse_args([*flags, *sys.argv[1:]])  # of two, the last one counts
         except FileNotFoundError:
             if args.resume:
                 parser.error(f"--resume={args.resume}: no run was begun there (it has no {RUN_FILE})")
@@ -121,9 +129,6 @@ def parse_args():
     args.alpha_given = "--lr_teacher" in given
     if args.zca and args.texture:
         parser.error("--zca and --texture exclude each other: whitening is fitted to whole images; leave one out")
-    args.batch_syn = args.batch_syn or args.ipc * len(CLASS_NAMES)
-    if args.batch_syn > args.ipc * len(CLASS_NAMES):
-        parser.error(f"--batch_syn={args.batch_syn} is more than the {args.ipc * len(CLASS_NAMES)} synthetic images")
     return args
 
 
@@ -144,19 +149,19 @@ def folder_name(text):
 # Synthetic images and the student that learns from them
 
 
-def make_student(model, amp, device):
+def make_student(model, form, amp, device):
     """A network called `model` as a function of its parameters. Raises ReportedError where it cannot be one."""
     try:
-        return ReparamModule(utils.initial_network(model, utils.make_generator(0), device), amp)
+        return ReparamModule(utils.initial_network(model, form, utils.make_generator(0), device), amp)
     except ValueError as error:
         raise ReportedError(f"--model={model}: {error}") from None
 
 
 def initial_images(data: Data, ipc, pix_init, canvas_size, generator):
-    """Images (ipc * classes, 3, H, W) to start from, H = W = canvas_size * 64, and their labels, ordered by class."""
-    label_syn = torch.arange(len(CLASS_NAMES)).repeat_interleave(ipc)
+    """Images (ipc * classes, 3, S, S) to start from, S = canvas_size * data.form.im_size, and labels, by class."""
+    label_syn = torch.arange(data.form.num_classes).repeat_interleave(ipc)
     if pix_init == "noise":
-        side = canvas_size * IM_SIZE
+        side = canvas_size * data.form.im_size
         return torch.randn(len(label_syn), 3, side, side, generator=generator), label_syn
     tiles = [[random_real(data, ipc, generator)[0] for _ in range(canvas_size)] for _ in range(canvas_size)]
     return torch.cat([torch.cat(row, dim=3) for row in tiles], dim=2).cpu(), label_syn
@@ -166,7 +171,7 @@ def random_real(data: Data, ipc, generator):
     """`ipc` random training images of each class, and their labels, ordered by class."""
     images, labels = data.train
     chosen = []
-    for label, name in enumerate(CLASS_NAMES):
+    for label, name in enumerate(data.classes):
         members = torch.nonzero(labels.cpu() == label).flatten()
         if ipc > len(members):
             raise ReportedError(f"--ipc={ipc} is more than the {len(members)} training images of {name}: lower it")
@@ -175,22 +180,33 @@ def random_real(data: Data, ipc, generator):
     return images[chosen], labels[chosen]
 
 
-def cut_windows(x, y, samples, generator):
-    """Texture mode: `samples` random windows of each canvas (B, 3, H, W), which wraps around, and their labels."""
+def cut_windows(x, y, samples, side, generator):
+    """Texture mode: `samples` random windows, `side` pixels wide, of each canvas (B, 3, H, W), which wraps around, and
+    their labels.
+    """
     offsets = torch.randint(x.shape[2], (2, samples * len(x), 1), generator=generator)
-    rows, cols = ((torch.arange(IM_SIZE) + offsets) % x.shape[2]).to(x.device)
+    rows, cols = ((torch.arange(side) + offsets) % x.shape[2]).to(x.device)
     return utils.window(x.repeat(samples, 1, 1, 1), rows, cols), y.repeat(samples)
 
 
-def make_prepare(augment, samples):
-    """`prepare(x, y, generator)` for synthetic batches: cut `samples` windows (0: no texture mode), then augment."""
+def make_prepare(augment, samples=0, side=None):
+    """`prepare(x, y, generator)` for synthetic batches: cut `samples` windows, `side` pixels wide (0: no texture mode),
+    then augment.
+    """
 
     def prepare(x, y, generator):
         if samples:
-            x, y = cut_windows(x, y, samples, generator)
+            x, y = cut_windows(x, y, samples, side, generator)
         return augment(x, y, generator) if augment else (x, y)
 
     return prepare
+
+
+def check_batch_syn(batch_syn, num_images):
+    """--batch_syn, all of the synthetic images where it is None. Raises ReportedError where it is more than these."""
+    if (batch_syn or 0) > num_images:
+        raise ReportedError(f"--batch_syn={batch_syn} is more than the {num_images} synthetic images: lower it")
+    return batch_syn or num_images
 
 
 def synthetic_batches(image_syn, label_syn, steps, batch_syn, prepare, generator):
@@ -215,9 +231,13 @@ def synthetic_batches(image_syn, label_syn, steps, batch_syn, prepare, generator
 
 
 def run_settings(flags):
-    """The flags, a dictionary, that a result depends on: all but paths, names and where it runs."""
-    left_out = (*NO_RESULT, "data_path", "buffer_path", "checkpoint_every", "device", "load_all", "skip_damaged",
-                "force_save")
+    """The flags, a dictionary, that a result depends on: all but paths, names, where it runs, and what has no effect.
+
+    What the digests of data and experts tell is left out, too.
+    """
+    left_out = [*NO_RESULT, "data_path", "buffer_path", "checkpoint_every", "device", "load_all", "skip_damaged",
+                "force_save", "im_size"]
+    left_out += ["dsa_strategy"] * (not flags["dsa"]) + ["canvas_size", "canvas_samples"] * (not flags["texture"])
     return {key: value for key, value in flags.items() if key not in left_out and not key.startswith("wandb")}
 
 
@@ -332,11 +352,11 @@ def save_synthetic(folder, tags, image_syn, label_syn, syn_lr, data: Data):
             files.write_whole(folder / f"{name}_{tag}.pt", lambda file, bare=bare: torch.save(bare, file))
 
 
-def load_set(path):
+def load_set(path, form):
     """Synthetic images, labels, and α (None where it is not saved) from a run's folder or an images_*.pt.
 
     Beside the latter, labels_*.pt must be. MTT's files are read, too.
-    Raises ReportedError where they are not there, or something else.
+    Raises ReportedError where they are not there, or something else, or not of this `datasets.Form`.
     """
     path = path / "images_best.pt" if path.is_dir() else path
     tensors = []
@@ -352,14 +372,15 @@ def load_set(path):
         except Exception as error:  # a foreign or damaged file raises whatever its bytes happen to trigger
             raise ReportedError(f"--evaluate: {file} cannot be read ({files.first_line(error)})") from None
     images, labels, syn_lr = tensors
+    num_classes, im_size = form
     if not (syn_lr is None or (isinstance(syn_lr, torch.Tensor) and syn_lr.numel() == 1 and 0 < syn_lr < math.inf)):
         raise ReportedError(f"--evaluate: the syn_lr_*.pt beside {path} holds no step size, a positive number")
     if not (all(isinstance(part, torch.Tensor) for part in (images, labels)) and images.dim() == 4 and len(images)
             and images.dtype == torch.float32 and images.isfinite().all() and labels.shape == images.shape[:1]
-            and labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() < len(CLASS_NAMES)
-            and images.shape[1] == 3 and images.shape[2] == images.shape[3] >= IM_SIZE):
-        raise ReportedError(f"--evaluate: {path} holds no synthetic images of these classes: (N, 3, {IM_SIZE}, "
-                            f"{IM_SIZE}) float32, finite, and labels (N,) int64 from 0 to {len(CLASS_NAMES) - 1}")
+            and labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() < num_classes
+            and images.shape[1] == 3 and images.shape[2] == images.shape[3] >= im_size):
+        raise ReportedError(f"--evaluate: {path} holds no synthetic images of these classes: (N, 3, {im_size}, "
+                            f"{im_size}) float32, finite, and labels (N,) int64 from 0 to {num_classes - 1}")
     return images, labels, syn_lr
 
 
@@ -370,7 +391,7 @@ def export_set(folder, images, labels, syn_lr, data: Data):
     """
     if (folder / "images").exists():
         raise ReportedError(f"--export={folder}: there are images already: remove them, or name another folder")
-    for label, name in enumerate(CLASS_NAMES):
+    for label, name in enumerate(data.classes):
         for number, image in enumerate(report.clip(data.to_pixels(images))[labels == label]):
             report.save_picture(folder / "images" / name, f"{number:04d}.png", report.draw_image(image))
     content = {"image_tensor": images, "hard_labels": labels, "syn_lr": syn_lr}
@@ -417,7 +438,7 @@ def summary(data: Data, experts: Experts, state: State, folder):
 def save_evaluation(folder, it, state: State, data: Data, title, *, tensors, pictures):
     """Write the picture of an evaluation and, if `tensors`, the images themselves: what wandb logs of them."""
     images = state.image_syn.detach().cpu()
-    picture = report.draw_grid(report.clip(data.to_pixels(images)), state.label_syn, title)
+    picture = report.draw_grid(report.clip(data.to_pixels(images)), state.label_syn, title, data.classes)
     report.save_picture(folder, f"grid_{it:06d}.png", picture)
     if not tensors:
         return {}
@@ -430,8 +451,9 @@ def evaluate_saved(args):
     """What --evaluate does, instead of `main`: a table, and the same with all single accuracies in evaluation.json."""
     device = utils.check_device(args.device)
     args.amp = utils.check_amp(args.amp, device)
-    saved = None if args.evaluate in ("random", "full") else load_set(utils.expanded_path(args.evaluate))
-    data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
+    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
+    saved = None if args.evaluate in ("random", "full") else load_set(utils.expanded_path(args.evaluate), form)
+    data = datasets.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size)
     augment, alpha = utils.make_augment(args.dsa, args.dsa_strategy), args.lr_teacher
     prepare = augment
     if args.evaluate == "full":
@@ -444,9 +466,9 @@ def evaluate_saved(args):
         images, labels, syn_lr = saved
         folder, name = saved_folder(args.evaluate), Path(args.evaluate).resolve().stem
         check_saved(folder, data, args.texture)
-        if images.shape[2] != IM_SIZE and not args.texture:
+        if images.shape[2] != form.im_size and not args.texture:
             raise ReportedError(f"--evaluate: the images of {args.evaluate} have {images.shape[2]} pixels a side, not "
-                                f"{IM_SIZE}: canvases need --texture")
+                                f"{form.im_size}: canvases need --texture")
         if syn_lr is None and not args.alpha_given:
             raise ReportedError(f"{folder} holds no α (syn_lr_*.pt): give --lr_teacher, the step size to train with")
         alpha = args.lr_teacher if syn_lr is None or args.alpha_given else float(syn_lr)
@@ -455,15 +477,15 @@ def evaluate_saved(args):
             print(f"{len(images)} images exported to {args.export}")
             return
         sets = [(images.to(device), labels.to(device))] * args.num_eval
-        prepare = make_prepare(augment, args.canvas_samples if args.texture else 0)
+        prepare = make_prepare(augment, args.canvas_samples if args.texture else 0, form.im_size)
 
     runner = utils.Runner(args.compile, args.amp)
-    pool = {model: make_sgd_step(model, runner, device) for model in pool_of(args.eval_mode, args.model)}
+    pool = {model: make_sgd_step(model, form, runner, device) for model in pool_of(args.eval_mode, args.model)}
     scores = evaluate_pool(pool, sets, alpha, data=data, runner=runner, prepare=prepare, key=(args.seed, "saved"),
                            epochs=args.epoch_eval_train, batch_train=args.batch_train, batch_real=args.batch_real)
     title = {"full": "training images", "random": "random real images"}.get(args.evaluate, f"images of {args.evaluate}")
     print(f"{len(sets[0][0])} {title}: {args.num_eval} networks, {args.epoch_eval_train} epochs, α = {alpha:.5f}\n")
-    print(scores_table(scores))
+    print(scores_table(scores, data.classes))
     settings = run_settings(vars(args)) | {"evaluate": args.evaluate, "syn_lr": alpha}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     path = args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}_{digest}") / "evaluation.json"
@@ -526,16 +548,18 @@ def main():
     if args.evaluate:
         return evaluate_saved(args)
     device = utils.check_device(args.device)
+    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
+    args.batch_syn = check_batch_syn(args.batch_syn, args.ipc * form.num_classes)
     flags = as_flags(vars(args))  # as they were given
     args.amp = utils.check_amp(args.amp, device)
 
-    student = make_student(args.model, args.amp, device)  # refuses names before loading
+    student = make_student(args.model, form, args.amp, device)  # refuses names before loading
     experts = load_experts(expert_folder(args.buffer_path, args.dataset, args.zca, args.model), student.shapes,
                            args.max_files, args.max_experts, args.skip_damaged)
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
     experts.check_settings({"val_fraction": args.val_fraction})  # before whitening another split for minutes
     experts = experts.check_segments(args.max_start_epoch, args.expert_epochs, args.skip_damaged)
-    data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
+    data = datasets.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size)
     experts.check_settings(data.settings | {"model": args.model})
     settings = run_settings(vars(args)) | {"data": data.settings["digest"], "experts": experts.digest()}
     folder = args.resume.resolve() if args.resume else run_folder(args.log_dir / args.dataset, args.run_name, settings)
@@ -550,11 +574,11 @@ def main():
     real_sets = [random_real(data, args.ipc, draw) for draw in draws]
 
     augment = utils.make_augment(args.dsa, args.dsa_strategy)
-    prepare_student = make_prepare(augment if args.dsa and not args.no_aug else None, windows)
-    prepare_eval = make_prepare(augment, windows)
+    prepare_student = make_prepare(augment if args.dsa and not args.no_aug else None, windows, form.im_size)
+    prepare_eval = make_prepare(augment, windows, form.im_size)
     runner = utils.Runner(args.compile, args.amp)
     unroll = UNROLLS[args.unroll](student, runner.function)
-    pool = {name: make_sgd_step(name, runner, device) for name in pool_of(args.eval_mode, args.model)}
+    pool = {name: make_sgd_step(name, form, runner, device) for name in pool_of(args.eval_mode, args.model)}
     evaluated = partial(evaluate_pool, pool, data=data, runner=runner, epochs=args.epoch_eval_train,
                         batch_train=args.batch_train, batch_real=args.batch_real)
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import utils
+from datasets import Data
 from reparam_module import ReparamModule
-from utils import CLASS_NAMES, Data, stop
+from utils import stop
 
 EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` standing for --model
     "S": ("model",),
@@ -54,7 +55,7 @@ def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, 
     `make_sgd_step`, all networks are trained together.
     """
     generators = [utils.make_generator("evaluation", *key, model, index) for index in range(len(training_sets))]
-    networks = [utils.initial_network(model, generator, data.test[0].device) for generator in generators]
+    networks = [utils.initial_network(model, data.form, generator, data.test[0].device) for generator in generators]
     runs = [runner(network) for network in networks]
     settings = {"epochs": epochs, "batch_size": batch_train, "prepare": prepare}
     if step:
@@ -69,13 +70,13 @@ def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, 
     return Scores([total for total, _ in val], [total for total, _ in test], [classes for _, classes in test])
 
 
-def make_sgd_step(model, runner, device):
+def make_sgd_step(model, form, runner, device):
     """`sgd_step` for networks called `model`; None where they are to be trained one after the other.
 
     That is on a CPU, which has nothing to gain from larger kernels and was a quarter slower with them, and with batch
     statistics, which are no part of the parameters.
     """
-    network = utils.initial_network(model, utils.make_generator(0), device)
+    network = utils.initial_network(model, form, utils.make_generator(0), device)
     if device.type != "cuda" or any(True for _ in network.buffers()):
         return None
     return runner.function(partial(sgd_step, ReparamModule(network, runner.amp)))
@@ -133,13 +134,13 @@ def pool_of(mode, model):
     return list(dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode]))
 
 
-def scores_table(scores):
-    """Lines for scores by network: in all, and in each class."""
+def scores_table(scores, classes):
+    """Lines for scores by network: in all, and in each of the `classes` (names)."""
     lines = [f"{'network':22} {'validation':^16}   {'test':^16}"]
     lines += [f"{network:22} {score}" for network, score in scores.items()]
     lines += ["", f"{'test, by class':22} " + "   ".join(f"{network:16}" for network in scores)]
-    for label, name in enumerate(CLASS_NAMES):
-        parts = ([classes[label] for classes in score.classes] for score in scores.values())
+    for label, name in enumerate(classes):
+        parts = ([of_classes[label] for of_classes in score.classes] for score in scores.values())
         lines.append(f"{name:22} " + "   ".join(f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" for part in parts))
     return "\n".join(lines)
 

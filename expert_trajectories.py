@@ -16,16 +16,20 @@ from contextlib import contextmanager
 
 import torch
 
+import datasets
 import files
+import presets
 import report
 import utils
+from datasets import Data
 from files import ReportedError
 from trajectories import add_expert, expert_files, expert_folder, read_record, read_trajectories
-from utils import Data
 
 
 def parse_args():
     parser = utils.Parser(__doc__.splitlines()[0])
+    presets.add_flag(parser)
+    datasets.add_flags(parser)
     utils.add_shared_flags(parser, batch_train=128)
     add = parser.topic("experts")
     add("--num_experts", type=utils.count, default=100, help="how many experts to train")
@@ -34,7 +38,7 @@ def parse_args():
     add("--l2", type=utils.not_negative, default=0.0, help="weight decay")
     utils.add_flag(add, "--decay", help="a tenth of the learning rate after epoch train_epochs // 2 + 1")
     add("--save_interval", type=utils.count, default=10, help="experts per file")
-    return parser.parse_args()
+    return presets.parse_args(parser, "experts")
 
 
 def snapshot(network):
@@ -101,14 +105,15 @@ def main():
     args = parse_args()
     device = utils.check_device(args.device)
     args.amp = utils.check_amp(args.amp, device)
-    utils.initial_network(args.model, utils.make_generator(0), device)  # before the data: refuses unknown names
+    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
+    utils.initial_network(args.model, form, utils.make_generator(0), device)  # before the data: refuses unknown names
 
     hyperparameters = {"epochs": args.train_epochs, "batch_size": args.batch_train, "lr": args.lr_teacher,
                        "mom": args.mom, "l2": args.l2, "decay": args.decay}
     training = hyperparameters | {"dsa": args.dsa and args.dsa_strategy, "amp": args.amp, "seed": args.seed}
     folder = expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     experts_in(folder, training | {"val_fraction": args.val_fraction})  # refused before minutes of whitening
-    data = utils.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device)
+    data = datasets.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size)
     augment = utils.make_augment(args.dsa, args.dsa_strategy)
     runner = utils.Runner(args.compile, args.amp)
     settings = data.settings | {"model": args.model}
@@ -126,7 +131,7 @@ def main():
             if seed is None:
                 break
             generator, start = utils.make_generator("expert", seed), time.time()
-            network = utils.initial_network(args.model, generator, device)
+            network = utils.initial_network(args.model, form, generator, device)
             name = f"expert {seed - args.seed}"
             run = report.Dashboard(folder, name, settings | training | {"expert": seed - args.seed}, "Epoch",
                                    mode=args.wandb_mode, project=args.wandb_project, entity=args.wandb_entity,

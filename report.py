@@ -4,13 +4,14 @@ import os
 import warnings
 
 import numpy as np
+import torch
 import wandb
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 import files
+from datasets import Data
 from files import first_line
-from utils import CLASS_NAMES, Data
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and files
@@ -22,24 +23,53 @@ def draw_image(image):
     return Image.fromarray((image / image.max().clamp(min=1e-8) * 255).byte().permute(1, 2, 0).numpy())
 
 
-def draw_grid(images, labels, title):
-    """A labelled picture of images (B, 3, H, W), each scaled to its own range: a column per class, or rows of five."""
-    count, _, height, width = images.shape
-    columns = 5 if count == len(CLASS_NAMES) else len(CLASS_NAMES)
-    rows = -(-count // columns)
-    scale = max(1, (192 if columns == 5 else 128) // height)
+TILES = 1000  # that a picture has at most, or a run of CIFAR-100 at 50 images per class would draw 100 million pixels
+
+
+def draw_grid(images, labels, title, classes):
+    """A labelled picture of images (B, 3, H, W), each scaled to its own range, `classes` naming the labels (B,).
+
+    One image per class: rows of five, or of ten from eleven classes on. Several: a column per class, or a row where
+    there are more than ten. Of many, the first ones of each class.
+    """
+    of_classes = [torch.nonzero(labels.cpu() == label).flatten().tolist() for label in range(len(classes))]
+    most = max(map(len, of_classes))
+    shown = min(most, max(1, TILES // len(classes)))
+    if shown < most:
+        title += f", the first {shown} of {most} per class"
+    table = [part[:shown] + [None] * (shown - len(part)) for part in of_classes]  # a row per class
+    if shown == 1:
+        columns = 5 if len(classes) <= 10 else 10
+        order, rows = [part[0] for part in table], -(-len(classes) // columns)
+    else:
+        across = len(classes) <= 10
+        order = [index for line in (zip(*table) if across else table) for index in line]
+        rows, columns = (shown, len(classes)) if across else (len(classes), shown)
+    height, width = images.shape[2:]
+    scale = max(1, (192 if len(order) <= 10 else 128) // height)
     cell_w, cell_h, head = width * scale + 8, height * scale + 22, 26
-    picture = Image.new("RGB", (columns * cell_w + 8, rows * cell_h + head + 4), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    font = ImageFont.load_default(size=12)
+    width_all = max(columns * cell_w, int(font.getlength(title)) + 8) + 8
+    picture = Image.new("RGB", (width_all, rows * cell_h + head + 4), "white")
+    draw = ImageDraw.Draw(picture)
     draw.text((8, 6), title, fill="black", font=font)
-    # The images are ordered by class: five columns take them as they come, ten take each class down a column.
-    order = range(count) if columns == 5 else [c * rows + r for r in range(rows) for c in range(columns)]
     for place, index in enumerate(order):
+        if index is None:
+            continue
         tile = draw_image(images[index]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         left, top = place % columns * cell_w + 8, place // columns * cell_h + head
         picture.paste(tile, (left, top))
-        draw.text((left, top + height * scale + 2), CLASS_NAMES[labels[index]], fill="black", font=font)
+        name = shortened(classes[labels[index]], font, width * scale)
+        draw.text((left, top + height * scale + 2), name, fill="black", font=font)
     return picture
+
+
+def shortened(text, font, width):
+    """As much of a text as fits into so many pixels."""
+    if font.getlength(text) <= width:
+        return text
+    return next((text[:end] + "…" for end in range(len(text) - 1, 0, -1) if font.getlength(text[:end] + "…") <= width),
+                "")
 
 
 def clip(images, deviations=2.5):
@@ -173,11 +203,12 @@ def picture_log(image_syn, label_syn, data: Data, title, pictures):
     if not pictures:
         return log
     log["Synthetic_Pixels"] = log["Pixels"]
-    caption = f"{title}: {', '.join(dict.fromkeys(CLASS_NAMES[label] for label in label_syn))}"
+    caption = f"{title}: {', '.join(dict.fromkeys(data.classes[label] for label in label_syn))}"
     views = {"Synthetic": image_syn} | ({"Reconstructed": data.to_pixels(image_syn)} if data.zca else {})
     for name, images in views.items():
-        log[f"{name}_Images"] = wandb.Image(draw_grid(images, label_syn, title), caption=caption)
-        log[f"Clipped_{name}_Images/std_2.5"] = wandb.Image(draw_grid(clip(images), label_syn, title), caption=caption)
+        log[f"{name}_Images"] = wandb.Image(draw_grid(images, label_syn, title, data.classes), caption=caption)
+        log[f"Clipped_{name}_Images/std_2.5"] = wandb.Image(
+            draw_grid(clip(images), label_syn, title, data.classes), caption=caption)
     if data.zca:
         log["Reconstructed_Pixels"] = wandb.Histogram(views["Reconstructed"])
     return log

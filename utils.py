@@ -1,8 +1,6 @@
 """What both scripts share, each section using only those above it.
 
 shared flags and seeding
-EuroSAT, ToySAT, splits
-ZCA, normalisation
 augmentation: differentiable Siamese (DSA) and plain
 training and evaluating a network
 """
@@ -16,13 +14,8 @@ import platform
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import kornia
@@ -30,14 +23,12 @@ import numpy as np
 import scipy.ndimage
 import torch
 import torchvision
-from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import files
 from files import ReportedError, first_line
 from networks import ALIASES, get_network
-from toysat import draw_toysat
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared flags and seeding
@@ -136,7 +127,7 @@ def run_script(main, less_memory):
     except (Stopped, KeyboardInterrupt) as error:
         number = error.args[0] if error.args else signal.SIGINT
         name = signal.Signals(number).name
-        code, text = 128 + number, f"stopped by {name}; the same command goes on from what is saved"
+        code, text = 128 + number, f"stopped by {name}; the same command goes on from what is saved, if anything is"
     else:
         return
     print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
@@ -199,15 +190,8 @@ def add_flag(add, name, default=False, help=""):
 def add_shared_flags(parser, batch_train):
     """The flags that both scripts understand; `batch_train` is the script's own default batch size."""
     add = parser.topic("data")
-    add("--dataset", choices=("EuroSAT", "ToySAT"), default="EuroSAT",
-        help="EuroSAT, or ToySAT: a drawn stand-in for trying things out")
-    add("--data_path", type=expanded_path, default=Path("data"), metavar="DIR",
-        help="folder of the data set and of its caches")
     add("--buffer_path", type=expanded_path, default=Path("buffers"), metavar="DIR",
         help="folder of the expert trajectories")
-    add_flag(add, "--zca", help="ZCA whitening instead of normalisation by channel")
-    add("--val_fraction", type=number(float, 0, below=1), default=0.1, metavar="[0,1)",
-        help="part of the training images kept to choose the best iteration; 0: choose on the test set, as MTT does")
     add = parser.topic("network and training")
     add("--model", type=lambda name: ALIASES.get(name, name), default="ConvNet", metavar="NAME",
         help="network: ConvNet (and variants such as ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16")
@@ -295,296 +279,6 @@ def versions():
     """The versions that a result depends on, for records."""
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
             "kornia": kornia.__version__, "numpy": np.__version__}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# EuroSAT, ToySAT, splits
-
-CLASS_NAMES = ("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
-               "Residential", "River", "SeaLake")
-IM_SIZE = 64
-EUROSAT_FOLDERS = (".", "2750", "EuroSAT_RGB", "eurosat/2750")
-EUROSAT_ARCHIVES = ("EuroSAT.zip", "EuroSAT_RGB.zip")
-EUROSAT_CACHE = "eurosat_cache.pt"
-ARCHIVE_LIMIT = 2 * 10**9  # bytes that an archive may unpack to
-
-
-def load_eurosat(data_path):
-    """All images of EuroSAT below `data_path`: uint8 (N, 3, 64, 64), labels int64 (N,), digest of both as a hex string.
-
-    The first call decodes the JPEGs in parallel and leaves one cache file in `data_path`; it is used as long as no
-    file's name, size or time changes. Raises ReportedError where the data cannot be had, is incomplete or damaged.
-    """
-    with files.locked(data_path, reader=True):  # of several processes, one decodes, and the others read its cache
-        folder = find_eurosat(data_path)
-        paths = [list_jpegs(folder, name) for name in CLASS_NAMES]
-        labels = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(files) for files in paths]))
-        paths = [path for files in paths for path in files]
-        stats = [(path, (stat := os.stat(folder / path)).st_size, stat.st_mtime_ns) for path in paths]
-        fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
-        cache = data_path / EUROSAT_CACHE
-        cached = files.read_cache(cache, "fingerprint", "images", "labels", "digest")
-        if cached and cached["fingerprint"] == fingerprint:
-            return cached["images"], cached["labels"], cached["digest"]
-        images = decode_jpegs([folder / path for path in paths])
-        made = {"fingerprint": fingerprint, "images": images, "labels": labels, "digest": data_digest(images, labels)}
-        files.write_cache(cache, made)
-        return images, labels, made["digest"]
-
-
-def data_digest(images, labels):
-    """What tells one data set from another in records: a hash of its pixels and labels."""
-    digest = hashlib.sha256(images.numpy())
-    digest.update(labels.numpy())
-    return digest.hexdigest()[:16]
-
-
-def find_eurosat(data_path):
-    """The folder of EuroSAT's class folders below `data_path`; where there is none, unpack an archive or download."""
-
-    def found():
-        for folder in (data_path / name for name in EUROSAT_FOLDERS):
-            if any((folder / name).is_dir() for name in CLASS_NAMES):
-                return folder
-
-    if folder := found():
-        return folder
-    for archive in (data_path / name for name in EUROSAT_ARCHIVES):
-        if archive.is_file():
-            unpack_eurosat(archive)
-            return found()
-    print(f"EuroSAT is not in {data_path}; downloading it (90 MB)", flush=True)
-    try:
-        return download_eurosat(data_path)
-    except Exception as error:  # torchvision passes on whatever the network raises
-        raise ReportedError(
-            f"EuroSAT is not in --data_path={data_path}: looked for class folders ({CLASS_NAMES[0]}, ...) in "
-            f"{', '.join(EUROSAT_FOLDERS)} and for {' or '.join(EUROSAT_ARCHIVES)}, and the download failed ({error}). "
-            "Either unpack the data there, or put the archive there (EuroSAT_RGB.zip from zenodo.org/records/7711810), "
-            "or run once with access to the network.") from None
-
-
-def download_eurosat(data_path):
-    """Let torchvision fetch and unpack EuroSAT; returns the folder of its class folders, `2750/` in `data_path`."""
-    data_path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_path, prefix=".download", suffix=files.TEMPORARY) as temporary:
-        torchvision.datasets.EuroSAT(temporary, download=True)
-        return (Path(temporary) / "eurosat" / "2750").rename(data_path / "2750")  # whole or not at all
-
-
-def unpack_eurosat(archive):
-    """Unpack the JPEGs of EuroSAT's class folders, wherever they lie in the archive, into `2750/` beside it."""
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack", suffix=files.TEMPORARY) as temporary:
-        unpacked = Path(temporary) / "2750"
-        unpacked.mkdir()
-        try:
-            with zipfile.ZipFile(archive) as zipped:
-                members = [member for member in zipped.infolist() if is_jpeg(Path(member.filename).name)]
-                size = sum(member.file_size for member in members)  # more than that, zipfile does not read
-                if size > ARCHIVE_LIMIT:
-                    raise ReportedError(f"{archive} unpacks to {size / 1e9:.0f} GB, EuroSAT to 0.1: fetch it again")
-                for member in progress(members, desc=f"unpacking {archive.name}"):
-                    *_, folder, name = ("", *member.filename.split("/"))  # all else of the path is left out
-                    if folder in CLASS_NAMES:
-                        path = unpacked / folder / name
-                        path.parent.mkdir(exist_ok=True)
-                        path.write_bytes(zipped.read(member))
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # RuntimeError: encrypted
-            raise ReportedError(f"{archive} cannot be unpacked ({error}): fetch it again") from None
-        if not any(unpacked.iterdir()):
-            raise ReportedError(f"{archive} holds none of EuroSAT's classes: is it the RGB archive?")
-        os.replace(unpacked, archive.parent / "2750")  # in one step, so that no part of it is ever taken for the whole
-
-
-def is_jpeg(name):
-    """Whether a file of this name is an image; macOS leaves `._*.jpg` beside it, which are none."""
-    return name.lower().endswith((".jpg", ".jpeg")) and not name.startswith(".")
-
-
-def list_jpegs(folder, name):
-    """Sorted paths, relative to `folder`, of the JPEGs of class `name`."""
-    if not (folder / name).is_dir():
-        raise ReportedError(f"class folder {folder / name} is missing: EuroSAT has {len(CLASS_NAMES)}, unpack it again")
-    files = sorted(f"{name}/{entry.name}" for entry in os.scandir(folder / name) if is_jpeg(entry.name))
-    if not files:
-        raise ReportedError(f"class folder {folder / name} holds no JPEG: unpack EuroSAT again")
-    return files
-
-
-def decode_jpegs(paths):
-    """Decode JPEGs in parallel threads (the decoder releases Python's lock): uint8 (N, 3, 64, 64)."""
-    images = torch.empty(len(paths), 3, IM_SIZE, IM_SIZE, dtype=torch.uint8)
-
-    def decode(index):
-        try:
-            with Image.open(paths[index]) as image:
-                size = image.size  # looked at before decoding: a file of a few bytes can hold gigabytes of one colour
-                pixels = np.asarray(image.convert("RGB")) if size == (IM_SIZE, IM_SIZE) else None  # (H, W, 3)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-            raise ReportedError(f"{paths[index]} cannot be decoded ({error}): replace it") from None
-        if pixels is None:
-            raise ReportedError(f"{paths[index]} is {size[0]}x{size[1]} pixels; "
-                                f"EuroSAT's images are {IM_SIZE}x{IM_SIZE}: replace it")
-        images[index] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in progress(pool.map(decode, range(len(paths))), total=len(paths), desc="decoding JPEGs", unit="images"):
-            pass
-    return images
-
-
-@dataclass(frozen=True)
-class Split:
-    """Indices into a data set's images, int64."""
-
-    train: torch.Tensor
-    val: torch.Tensor
-    test: torch.Tensor
-
-
-def split_dataset(labels, val_fraction, test_fraction=0.1):
-    """Split by class: `test_fraction` of all, then `val_fraction` of the rest. It depends on nothing but the labels.
-
-    Raises ReportedError where a class is too small to have an image in each part.
-    """
-    random = np.random.RandomState(42)  # a frozen stream: NumPy keeps it the same for ever
-    parts = [], [], []
-    for label, name in enumerate(CLASS_NAMES):
-        members = random.permutation(np.flatnonzero(labels.numpy() == label))
-        num_test = round(test_fraction * len(members))
-        num_val = round(val_fraction * (len(members) - num_test))
-        if num_test == 0 or (val_fraction > 0 and num_val == 0) or len(members) == num_test + num_val:
-            raise ReportedError(
-                f"class {name} has only {len(members)} images, too few to split {test_fraction:.0%} for testing "
-                f"and --val_fraction={val_fraction} for validation")
-        num_train = len(members) - num_test - num_val
-        for part, indices in zip(parts, np.split(members, [num_train, num_train + num_val])):
-            part.append(indices)
-    return Split(*(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts))
-
-
-def load_toysat(data_path, per_class=300):
-    """ToySAT, a drawn stand-in for EuroSAT, in the form of `load_eurosat`; `data_path` is not read."""
-    images, labels = map(torch.from_numpy, draw_toysat(per_class))
-    # A version instead of a digest, since a sine's last bit differs between processors. Raise it with every change of
-    # the drawing, so that experts and caches made before are not taken for those of the new images.
-    return images, labels, f"toysat-1-{per_class}"
-
-
-def write_toysat(folder, per_class, seed=0):
-    """Write ToySAT as JPEGs in class folders below `folder`, shaped like EuroSAT's."""
-    images, labels = map(torch.from_numpy, draw_toysat(per_class, seed))
-    for index, (image, label) in enumerate(zip(images, labels)):
-        path = folder / CLASS_NAMES[label] / f"{CLASS_NAMES[label]}_{index % per_class + 1}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, quality=90)
-
-
-DATASETS = {  # name: (loader, channel means, channel standard deviations), pixels in [0, 1]
-    "EuroSAT": (load_eurosat, [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]),
-    "ToySAT": (load_toysat, [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]),  # EuroSAT's: its own are close
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ZCA, normalisation
-
-ZCA_EPS = 0.1
-
-
-def fit_zca(images, eps=ZCA_EPS):
-    """kornia's ZCAWhitening(eps, compute_inv=True), fitted on float images (N, C, H, W) in [0, 1].
-
-    kornia takes the singular values of the D×D covariance C; here its eigenvectors V and eigenvalues λ are computed,
-    or, where there are fewer images than dimensions, those of the N×N Gram matrix, which has the same λ > 0. Both
-    transforms are written as a multiple of the identity plus a correction on the span of V, so that the null space
-    needs no vectors:
-
-        (C + ε)^{−½} = ε^{−½} I − V diag(λ / (√(λ+ε) √ε (√(λ+ε) + √ε))) Vᵀ
-        (C + ε)^{+½} = ε^{+½} I + V diag(λ / (√(λ+ε) + √ε)) Vᵀ
-    """
-    flat = images.flatten(1)
-    mean = flat.mean(0, keepdim=True)
-    centred = (flat - mean) / math.sqrt(len(flat) - 1)  # (N, D), so that C = centredᵀ centred
-    if len(flat) < flat.shape[1]:
-        eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T)
-        keep = eigenvalues > eigenvalues[-1] * 1e-6  # below: rounding
-        eigenvalues = eigenvalues[keep]
-        vectors = centred.T @ (vectors[:, keep] * eigenvalues.rsqrt())  # (D, rank)
-    else:
-        covariance = centred.T @ centred
-        del centred  # 1 GB for EuroSAT
-        eigenvalues, vectors = torch.linalg.eigh(covariance)
-        del covariance
-        eigenvalues = eigenvalues.clamp(min=0)
-    root, root_eps = (eigenvalues + eps).sqrt(), math.sqrt(eps)
-    zca = kornia.enhance.ZCAWhitening(eps=eps, compute_inv=True)
-    zca.mean_vector = mean
-    zca.transform_matrix = (vectors * (-eigenvalues / (root * root_eps * (root + root_eps)))) @ vectors.T
-    zca.transform_matrix.diagonal().add_(1 / root_eps)
-    zca.transform_inv = (vectors * (eigenvalues / (root + root_eps))) @ vectors.T
-    zca.transform_inv.diagonal().add_(root_eps)
-    zca.fitted = True
-    return zca
-
-
-def whiten(images, train, cache):
-    """ZCA fitted on `images[train]` and applied to all uint8 `images` (N, C, H, W): float32 images, and the transform.
-
-    Fitting takes minutes at 12,288 dimensions. Both results, 2.5 GB for EuroSAT, are kept in the file `cache` and read
-    back by memory map.
-    """
-    zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
-    if cached := files.read_cache(cache, "images", "mean", "transform", "inverse"):
-        images, zca.mean_vector, zca.transform_matrix, zca.transform_inv = cached.values()
-        zca.fitted = True
-        return images, zca
-    print(f"fitting ZCA on {len(train)} images; kept in {cache}", flush=True)
-    zca = fit_zca(images[train].float().div_(255))
-    white = torch.empty(images.shape)
-    for part, out in zip(images.split(2048), white.split(2048)):
-        out.copy_(zca(part.float().div_(255)))
-    fit = {"mean": zca.mean_vector, "transform": zca.transform_matrix, "inverse": zca.transform_inv}
-    files.write_cache(cache, fit | {"images": white})
-    return white, zca
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set ready for use: of each part, float32 images (N, 3, 64, 64) and int64 labels (N,), on one device."""
-
-    train: tuple[torch.Tensor, torch.Tensor]
-    val: tuple[torch.Tensor, torch.Tensor]
-    test: tuple[torch.Tensor, torch.Tensor]
-    settings: dict  # what experts and distillation must have in common
-    zca: kornia.enhance.ZCAWhitening | None
-
-    def to_pixels(self, images):
-        """Undo the preprocessing: images (B, 3, H, W) on the CPU, [0, 1] where they are real ones."""
-        if self.zca:
-            return self.zca.inverse_transform(images.cpu())
-        shift, scale = (torch.tensor(self.settings[name]).view(3, 1, 1) for name in ("mean", "std"))
-        return images.cpu() * scale + shift
-
-
-def load_data(dataset, data_path, zca, val_fraction, device):
-    """Load, split and preprocess a data set of `DATASETS`; raises ReportedError where it cannot be had."""
-    load, mean, std = DATASETS[dataset]
-    images, labels, digest = load(data_path)
-    split = split_dataset(labels, val_fraction)
-    settings = {"dataset": dataset, "digest": digest, "val_fraction": val_fraction, "zca": zca}
-    if zca:
-        settings["zca_eps"] = ZCA_EPS
-        key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
-        with files.locked(data_path, reader=True):  # of several processes, one whitens, and the others read its cache
-            images, whitening = whiten(images, split.train, data_path / f"zca_{key}.pt")
-    else:
-        settings |= {"mean": mean, "std": std}
-        shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-        images, whitening = images.float().div_(255).sub_(shift).div_(scale), None
-    parts = [(images[indices].to(device), labels[indices].to(device))
-             for indices in (split.train, split.val, split.test)]
-    return Data(*parts, settings, whitening)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,12 +419,15 @@ def plain_augment(x, generator):
 # Training and evaluating a network
 
 
-def initial_network(model, generator, device):
-    """A fresh network called `model`, its weights drawn from `generator`. Raises ReportedError for an unknown name."""
+def initial_network(model, form, generator, device):
+    """A fresh network called `model`, its weights drawn from `generator`. Raises ReportedError for an unknown name.
+
+    `form`: number of classes, and side of the images, which have three channels.
+    """
     with torch.random.fork_rng(devices=[]):  # PyTorch's layers initialise themselves from the global generator
         torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         try:
-            return get_network(model, 3, len(CLASS_NAMES), IM_SIZE).to(device)
+            return get_network(model, 3, *form).to(device)
         except ValueError as error:
             raise ReportedError(f"--model={model}: {error}") from None
 
@@ -831,7 +528,7 @@ def accuracy(network, logits, images, labels, batch_size):
         predicted.append(logits(padded)[: len(x)].argmax(1))
     network.train()
     hits = (torch.cat(predicted) == labels).double()
-    return hits.mean().item(), [hits[labels == label].mean().item() for label in range(len(CLASS_NAMES))]
+    return hits.mean().item(), (labels.bincount(weights=hits) / labels.bincount()).tolist()
 
 
 def make_augment(dsa, strategy):

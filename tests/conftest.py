@@ -18,6 +18,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA starts: bit-identical run
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import datasets  # noqa: E402  (found through the line above)
 import utils  # noqa: E402  (found through the line above)
 
 
@@ -64,7 +65,7 @@ def golden():
 def eurosat_folder(tmp_path_factory):
     """ToySAT as class folders of 20 JPEGs: 160 training, 20 validation and 20 test images. Not to be changed."""
     folder = tmp_path_factory.mktemp("eurosat")
-    utils.write_toysat(folder, per_class=20)
+    datasets.write_toysat(folder, per_class=20)
     return folder
 
 
@@ -72,7 +73,7 @@ def eurosat_folder(tmp_path_factory):
 def tiny_folder(tmp_path_factory):
     """Six JPEGs per class, for slow networks: with --val_fraction=0.5, 30 training, 20 validation, 10 test images."""
     folder = tmp_path_factory.mktemp("tiny")
-    utils.write_toysat(folder, per_class=6)
+    datasets.write_toysat(folder, per_class=6)
     return folder
 
 
@@ -152,8 +153,8 @@ def tiny_buffers(run_here, tiny_flags, tmp_path_factory):
 def zca_folder(tmp_path_factory):
     """A data set with its ZCA cache, which takes 1.2 GB: made once, and removed as soon as the tests are done."""
     folder = tmp_path_factory.mktemp("zca")
-    utils.write_toysat(folder, per_class=6)
-    utils.load_data("EuroSAT", folder, zca=True, val_fraction=0.5, device="cpu")
+    datasets.write_toysat(folder, per_class=6)
+    datasets.load_data("EuroSAT", folder, zca=True, val_fraction=0.5, device="cpu")
     yield folder
     for cache in folder.glob("zca_*.pt"):
         cache.unlink()

@@ -42,7 +42,7 @@ def test_memory_of_the_adjoint_does_not_grow_with_the_steps_but_for_parameters_a
         return min(json.loads(bench("--child", json.dumps(flags | more), cwd=tmp_path))["peak"] for _ in range(times))
 
     short, long = peak(steps=10), peak(steps=80)
-    network = utils.initial_network("ConvNetW32", utils.make_generator(0), "cpu")
+    network = utils.initial_network("ConvNetW32", (10, 64), utils.make_generator(0), "cpu")
     parameters = sum(p.numel() for p in network.parameters())
     assert long - short <= 0.05 * short + 70 * 4 * (parameters + 10 * 3 * 64 * 64)
     # That the graph of ten steps takes more shows that this measures something.

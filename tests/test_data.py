@@ -13,9 +13,11 @@ import torch
 import torchvision
 from PIL import Image
 
+import datasets
 import toysat
 import utils
-from utils import CLASS_NAMES, EUROSAT_CACHE, ReportedError, load_eurosat
+from datasets import CLASS_NAMES, EUROSAT_CACHE, load_eurosat
+from files import ReportedError
 
 EUROSAT_SIZES = (3000, 3000, 3000, 2500, 2500, 2000, 2500, 3000, 2500, 3000)
 
@@ -36,13 +38,13 @@ def digest(tiny_folder):
 
 
 def test_toysat_follows_its_seed():
-    first, again, other = (utils.draw_toysat(2, seed)[0].tobytes() for seed in (3, 3, 4))
+    first, again, other = (toysat.draw_toysat(2, seed)[0].tobytes() for seed in (3, 3, 4))
     assert first == again
     assert first != other
 
 
 def test_toysat_draws_all_classes_in_order():
-    images, labels = utils.draw_toysat(2)
+    images, labels = toysat.draw_toysat(2)
     assert images.shape == (20, 3, 64, 64) and images.dtype == np.uint8
     assert labels.tolist() == [label for label in range(10) for _ in range(2)]
     assert len({image.tobytes() for image in images}) == 20
@@ -50,14 +52,14 @@ def test_toysat_draws_all_classes_in_order():
 
 
 def test_toysat_written_as_jpegs_reads_back_as_what_was_drawn(tiny_folder):
-    images, labels, _ = load_eurosat(tiny_folder)
-    drawn, drawn_labels = map(torch.from_numpy, utils.draw_toysat(6))
+    images, labels, *_ = load_eurosat(tiny_folder)
+    drawn, drawn_labels = map(torch.from_numpy, toysat.draw_toysat(6))
     assert torch.equal(labels, drawn_labels)
     assert (images.float() - drawn.float()).abs().mean() < 6  # of 255; what JPEG loses on fine texture
 
 
 def test_on_toysat_a_linear_classifier_does_clearly_worse_than_the_convnet(tmp_path):
-    data = utils.load_data("ToySAT", tmp_path, zca=False, val_fraction=0.1, device="cpu")
+    data = datasets.load_data("ToySAT", tmp_path, zca=False, val_fraction=0.1, device="cpu")
 
     def best_accuracy(network, lr, epochs):
         optimizer, generator = torch.optim.SGD(network.parameters(), lr, momentum=0.9), utils.make_generator(0)
@@ -70,7 +72,7 @@ def test_on_toysat_a_linear_classifier_does_clearly_worse_than_the_convnet(tmp_p
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 10))
     torch.nn.init.zeros_(linear[1].weight)
     at_best = max(best_accuracy(copy.deepcopy(linear), lr, epochs=10) for lr in (1e-4, 3e-4, 1e-3))
-    convnet = utils.initial_network("ConvNetW32", utils.make_generator(0), "cpu")
+    convnet = utils.initial_network("ConvNetW32", (10, 64), utils.make_generator(0), "cpu")
     assert 0.2 < at_best < best_accuracy(convnet, lr=0.01, epochs=1) - 0.2
 
 
@@ -79,7 +81,7 @@ def test_on_toysat_a_linear_classifier_does_clearly_worse_than_the_convnet(tmp_p
 
 
 def test_images_and_labels_come_as_uint8_and_int64_sorted_by_class(folder):
-    images, labels, _ = load_eurosat(folder)
+    images, labels, *_ = load_eurosat(folder)
     assert images.shape == (60, 3, 64, 64) and images.dtype == torch.uint8
     assert labels.dtype == torch.int64 and torch.bincount(labels).tolist() == [6] * 10
     river = torch.from_numpy(np.array(Image.open(folder / "River" / "River_1.jpg"))).permute(2, 0, 1)
@@ -135,7 +137,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(folder, tmp_path, monkey
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr("2750/Forest/bomb.jpg", bytes(10**7))
     assert archive.stat().st_size < 10**6
-    monkeypatch.setattr(utils, "ARCHIVE_LIMIT", 10**7)
+    monkeypatch.setattr(datasets, "ARCHIVE_LIMIT", 10**7)
     with pytest.raises(ReportedError, match=r"EuroSAT\.zip unpacks to 0 GB"):
         load_eurosat(archive.parent)
     assert os.listdir(archive.parent) == ["EuroSAT.zip"]
@@ -222,7 +224,7 @@ def test_without_data_and_network_the_error_names_what_where_and_three_ways(tmp_
 def test_the_second_load_reads_the_cache(folder, monkeypatch):
     first = load_eurosat(folder)
     made = os.stat(folder / EUROSAT_CACHE).st_mtime_ns
-    monkeypatch.setattr(utils, "decode_jpegs", lambda paths: pytest.fail("decoded again"))
+    monkeypatch.setattr(datasets, "decode_pictures", lambda *_: pytest.fail("decoded again"))
     second = load_eurosat(folder)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1]) and first[2] == second[2]
     assert os.stat(folder / EUROSAT_CACHE).st_mtime_ns == made
@@ -233,7 +235,7 @@ def test_a_replaced_an_added_and_a_removed_file_are_noticed(folder):
     shutil.copyfile(folder / "Forest" / "Forest_2.jpg", folder / "Forest" / "Forest_1.jpg")
     digests.append(load_eurosat(folder)[2])
     shutil.copyfile(folder / "River" / "River_1.jpg", folder / "River" / "River_7.jpg")
-    images, labels, digest = load_eurosat(folder)
+    images, labels, digest, *_ = load_eurosat(folder)
     assert len(images) == len(labels) == 61
     (folder / "Pasture" / "Pasture_1.jpg").unlink()
     digests += [digest, load_eurosat(folder)[2]]
@@ -316,7 +318,7 @@ def test_a_class_too_small_to_split_is_reported(folder):
     for number in range(2, 7):
         (folder / "SeaLake" / f"SeaLake_{number}.jpg").unlink()
     with pytest.raises(ReportedError, match="class SeaLake has only 1 images"):
-        utils.load_data("EuroSAT", folder, zca=False, val_fraction=0.5, device="cpu")
+        datasets.load_data("EuroSAT", folder, zca=False, val_fraction=0.5, device="cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ def test_a_class_too_small_to_split_is_reported(folder):
 @pytest.mark.parametrize("val_fraction, sizes", [(0, (24300, 0, 2700)), (0.1, (21870, 2430, 2700))])
 def test_splits_of_eurosat_have_the_known_sizes_and_are_stratified(val_fraction, sizes):
     labels = torch.arange(10).repeat_interleave(torch.tensor(EUROSAT_SIZES))
-    split = utils.split_dataset(labels, val_fraction)
+    split = datasets.split_dataset(labels, val_fraction)
     parts = (split.train, split.val, split.test)
     assert tuple(len(part) for part in parts) == sizes
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(labels)))
@@ -336,7 +338,7 @@ def test_splits_of_eurosat_have_the_known_sizes_and_are_stratified(val_fraction,
 
 def test_splits_are_the_same_on_every_call_and_share_the_test_set():
     labels = torch.arange(10).repeat_interleave(50)
-    first, again, without = (utils.split_dataset(labels, fraction) for fraction in (0.1, 0.1, 0))
+    first, again, without = (datasets.split_dataset(labels, fraction) for fraction in (0.1, 0.1, 0))
     assert torch.equal(first.train, again.train) and torch.equal(first.val, again.val)
     assert torch.equal(first.test, again.test) and torch.equal(first.test, without.test)
     assert not torch.equal(first.test, torch.cat([torch.arange(50 * label, 50 * label + 5) for label in range(10)]))
@@ -345,7 +347,7 @@ def test_splits_are_the_same_on_every_call_and_share_the_test_set():
 @pytest.mark.parametrize("per_class, val_fraction", [(1, 0), (4, 0.1), (6, 0.1), (10, 0.96)])
 def test_too_small_classes_are_not_split(per_class, val_fraction):
     with pytest.raises(ReportedError, match=f"AnnualCrop has only {per_class} images.*val_fraction={val_fraction}"):
-        utils.split_dataset(torch.arange(10).repeat_interleave(per_class), val_fraction)
+        datasets.split_dataset(torch.arange(10).repeat_interleave(per_class), val_fraction)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,12 +356,12 @@ def test_too_small_classes_are_not_split(per_class, val_fraction):
 
 @pytest.fixture(scope="module")
 def data(tiny_folder):
-    return utils.load_data("EuroSAT", tiny_folder, zca=False, val_fraction=0.5, device="cpu")
+    return datasets.load_data("EuroSAT", tiny_folder, zca=False, val_fraction=0.5, device="cpu")
 
 
 def test_images_are_normalised_by_channel(data, tiny_folder):
-    images, labels, _ = load_eurosat(tiny_folder)
-    split = utils.split_dataset(labels, 0.5)
+    images, labels, *_ = load_eurosat(tiny_folder)
+    split = datasets.split_dataset(labels, 0.5)
     mean, std = torch.tensor([0.344, 0.380, 0.407]), torch.tensor([0.202, 0.136, 0.115])
     for (part, part_labels), indices in zip((data.train, data.val, data.test), (split.train, split.val, split.test)):
         expected = (images[indices] / 255 - mean[:, None, None]) / std[:, None, None]
@@ -369,12 +371,12 @@ def test_images_are_normalised_by_channel(data, tiny_folder):
 
 
 def test_to_pixels_inverts_the_normalisation(data, tiny_folder):
-    images, labels, _ = load_eurosat(tiny_folder)
-    pixels = images[utils.split_dataset(labels, 0.5).train] / 255
+    images, labels, *_ = load_eurosat(tiny_folder)
+    pixels = images[datasets.split_dataset(labels, 0.5).train] / 255
     torch.testing.assert_close(data.to_pixels(data.train[0]), pixels, rtol=0, atol=1e-6)
 
 
 def test_toysat_loads_by_name_without_a_folder(tmp_path):
-    data = utils.load_data("ToySAT", tmp_path / "nothing", zca=False, val_fraction=0.1, device="cpu")
+    data = datasets.load_data("ToySAT", tmp_path / "nothing", zca=False, val_fraction=0.1, device="cpu")
     assert [len(part[1]) for part in (data.train, data.val, data.test)] == [2430, 270, 300]
     assert os.listdir(tmp_path) == []

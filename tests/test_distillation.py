@@ -10,10 +10,12 @@ import pytest
 import scipy.ndimage
 import torch
 from conftest import history, records_of
-from PIL import Image
+from PIL import Image, ImageFont
 
+import datasets
 import evaluation
 import files
+import report
 import utils
 from distillation import check_finite, cut_windows, synthetic_batches
 from evaluation import Evaluations, Scores, sgd_step, train_together
@@ -124,6 +126,12 @@ def test_a_run_leaves_no_other_files(whole_run):
     assert {path.name for path in folder.iterdir()} == expected
 
 
+def test_flags_without_effect_are_no_part_of_what_a_run_is(cheap_flags, whole_run, run_here):
+    _, folder, _ = whole_run
+    done = run_here(SCRIPT, *cheap_flags, *LEARNING, "--canvas_size=3", "--canvas_samples=2", cwd=folder.parents[2])
+    assert done.returncode == 0 and f"Files: {folder.relative_to(folder.parents[2])}" in done.stdout  # found, finished
+
+
 def test_results_hold_settings_versions_and_every_evaluation(whole_run):
     _, _, record = whole_run
     assert record["settings"].items() >= {"model": MODEL, "ipc": 2, "lr_img": 1e6, "seed": 0, "batch_syn": 20}.items()
@@ -191,7 +199,7 @@ def test_pictures_on_wandb_are_there_and_say_what_they_show(whole_run):
     _, folder, _ = whole_run
     (row, *_) = history(folder)
     for key in ("Synthetic_Images", "Clipped_Synthetic_Images/std_2.5"):
-        assert all(part in row[f"{key}|caption"] for part in ("iteration 0", *utils.CLASS_NAMES))
+        assert all(part in row[f"{key}|caption"] for part in ("iteration 0", *datasets.CLASS_NAMES))
         (path,) = folder.glob(f"wandb/offline-run-*/files/{row[f'{key}|path']}")
         with Image.open(path) as picture, Image.open(folder / "grid_000000.png") as grid:
             assert picture.size == grid.size
@@ -315,7 +323,7 @@ def test_each_model_distills(run_here, tiny_flags, tiny_buffers, tmp_path, model
 
 @pytest.fixture(scope="module")
 def train_images(eurosat_folder):
-    data = utils.load_data("EuroSAT", eurosat_folder, zca=False, val_fraction=0.1, device="cpu")
+    data = datasets.load_data("EuroSAT", eurosat_folder, zca=False, val_fraction=0.1, device="cpu")
     return [data.train[0][data.train[1] == label] for label in range(10)]
 
 
@@ -414,7 +422,7 @@ def test_zca_runs_end_to_end_and_also_saves_and_logs_the_images_as_pixels(run, r
     assert done.returncode == 0, done.stderr
     folder, _ = results(tmp_path)
     white, pixels = load(folder / "images_0.pt"), load(folder / "images_zca_0.pt")
-    images, _, _ = utils.load_eurosat(zca_folder)
+    images, *_ = datasets.load_eurosat(zca_folder)
     assert all((pixel - images / 255).abs().amax((1, 2, 3)).min() < 1e-3 for pixel in pixels)
     assert not torch.allclose(white, pixels, atol=0.1)
     assert load(folder / "images_zca_best.pt").shape == (10, 3, 64, 64)
@@ -481,7 +489,8 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other():
 
     def fresh():
         generators = [seeded(k) for k in range(3)]
-        return [utils.initial_network("ConvNetW32", generator, "cpu").double() for generator in generators], generators
+        networks = [utils.initial_network("ConvNetW32", (10, 64), generator, "cpu") for generator in generators]
+        return [network.double() for network in networks], generators
 
     networks, generators = fresh()
     for network, training_set, generator in zip(networks, sets, generators):
@@ -506,7 +515,7 @@ def test_batches_pass_over_all_images_before_any_comes_again():
 
 def test_windows_of_a_canvas_wrap_around_its_borders():
     canvases, labels = torch.randn(3, 3, 128, 128, generator=seeded(0)), torch.tensor([4, 5, 6])
-    windows, window_labels = cut_windows(canvases, labels, 2, seeded(1))
+    windows, window_labels = cut_windows(canvases, labels, 2, 64, seeded(1))
     assert windows.shape == (6, 3, 64, 64) and window_labels.tolist() == [4, 5, 6, 4, 5, 6]
     for window, canvas in zip(windows, canvases.repeat(2, 1, 1, 1)):
         top, left = torch.nonzero(canvas[0] == window[0, 0, 0])[0].tolist()
@@ -552,16 +561,35 @@ def test_the_validation_set_chooses_the_best_iteration_and_the_test_set_only_wit
     assert chosen == [1, 2]
 
 
-@pytest.mark.parametrize("count, rows", [
-    (10, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]),
-    (20, [list(range(0, 20, 2)), list(range(1, 20, 2))]),
+@pytest.mark.parametrize("classes, per_class, columns, order", [
+    (10, 1, 5, range(10)),
+    (10, 2, 10, [*range(0, 20, 2), *range(1, 20, 2)]),  # a column per class
+    (3, 2, 3, [0, 2, 4, 1, 3, 5]),
+    (12, 1, 10, range(12)),
+    (12, 2, 2, range(24)),  # a row per class
 ])
-def test_a_grid_has_ten_images_in_reading_order_and_more_in_a_column_per_class(count, rows):
-    images = torch.zeros(count, 3, 64, 64)
+def test_a_grid_shows_every_image_at_its_place(classes, per_class, columns, order):
+    images = torch.zeros(classes * per_class, 3, 64, 64)
     for index, image in enumerate(images):
-        image[:, 30:34, 3 * index + 1:3 * index + 4] = 1  # a white mark whose place tells the image
-    picture = np.array(draw_grid(images, torch.arange(10).repeat_interleave(count // 10), "title")).max(2)
+        image[:, 30:34, 2 * index + 1:2 * index + 3] = 1  # a white mark whose place tells the image
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    picture = np.array(draw_grid(images, labels, "title", [f"class {label}" for label in range(classes)])).max(2)
     areas, _ = scipy.ndimage.label(picture == 0)
-    tiles = [picture[place] for place in scipy.ndimage.find_objects(areas) if picture[place].size > 1000]
-    marks = [np.argmax(tile.max(0) == 255) / tile.shape[1] * 64 for tile in tiles]  # tiles come in reading order
-    assert [round((mark - 1) / 3) for mark in marks] == [*rows[0], *rows[1]]
+    places = [place for place in scipy.ndimage.find_objects(areas) if picture[place].size > 1000]  # in reading order
+    marks = [np.argmax(picture[place].max(0) == 255) / picture[place].shape[1] * 64 for place in places]
+    assert [round((mark - 1) / 2) for mark in marks] == list(order)
+    assert len({place[1].start for place in places}) == columns
+
+
+def test_a_grid_of_very_many_images_shows_the_first_of_each_class():
+    labels = torch.arange(200).repeat_interleave(50)
+    picture = draw_grid(torch.zeros(10000, 3, 32, 32), labels, "title", ["a class with a very long name"] * 200)
+    assert picture.size == (5 * (128 + 8) + 8, 200 * (128 + 22) + 26 + 4)
+
+
+def test_a_name_is_shortened_to_the_width_of_its_image():
+    font = ImageFont.load_default(size=12)
+    name = "a class with a very long name"
+    assert report.shortened(name, font, 1000) == name
+    short = report.shortened(name, font, 100)
+    assert short.endswith("…") and name.startswith(short[:-1]) and 80 < font.getlength(short) <= 100

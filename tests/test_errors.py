@@ -16,7 +16,7 @@ import pytest
 import torch
 import torchvision
 
-import utils
+import datasets
 
 EXPERTS, DISTILLATION = "expert_trajectories.py", "distillation.py"
 BOTH = (EXPERTS, DISTILLATION)
@@ -55,7 +55,7 @@ def damaged_data(tiny_folder, tmp_path_factory):
 
 
 COUNTS = {  # flags that count something, and their scripts
-    BOTH: ["--batch_train"],
+    BOTH: ["--batch_train", "--im_size"],
     (EXPERTS,): ["--num_experts", "--train_epochs", "--save_interval"],
     (DISTILLATION,): ["--ipc", "--expert_epochs", "--syn_steps", "--max_start_epoch", "--batch_syn", "--canvas_size",
                       "--canvas_samples", "--num_eval", "--eval_it", "--epoch_eval_train", "--batch_real",
@@ -79,7 +79,11 @@ FLAGS = [  # scripts, flags, what the line must name
     (BOTH, "--model=ConvNetD7", ["--model=ConvNetD7", "ConvNetD6"]),
     (DISTILLATION, "--model=ConvNetBN", ["--model=ConvNetBN", "batch normalisation", "take a network with instance"]),
     (DISTILLATION, "--unroll=tesla", ["--unroll", "tesla", "adjoint", "autograd"]),
-    (BOTH, "--dataset=CIFAR10", ["--dataset", "CIFAR10", "EuroSAT", "ToySAT"]),
+    (BOTH, "--dataset=MNIST", ["--dataset", "MNIST", "EuroSAT", "ToySAT", "CIFAR10", "CIFAR100", "ImageFolder"]),
+    (BOTH, "--im_size=32", ["--im_size=32", "EuroSAT", "64 pixels", "--dataset=ImageFolder"]),
+    (BOTH, "--dataset=ImageFolder --im_size=4", ["--model=ConvNetW32", "4x4"]),
+    (BOTH, "--dataset=ImageFolder --data_path=nowhere", ["--data_path=nowhere", "No such file"]),
+    (BOTH, "--preset=mnist-1", ["--preset", "mnist-1", "cifar10-1", "eurosat-10"]),
     (BOTH, "--compile=maybe", ["--compile", "maybe"]),
     (BOTH, "--dsa_strategy=foo", ["--dsa_strategy", "foo", "color_crop_cutout_flip_scale_rotate"]),
     (BOTH, "--dsa_strategy=", ["--dsa_strategy", "''", "color_crop_cutout_flip_scale_rotate"]),
@@ -115,6 +119,7 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--resume=nowhere", ["--resume=nowhere", "run.json"]),
     # pairs that contradict each other
     (DISTILLATION, "--resume=nowhere --run_name=mine", ["--resume", "--run_name", "leave one out"]),
+    (DISTILLATION, "--resume=nowhere --preset=cifar10-1", ["--resume", "--preset", "leave one out"]),
     (DISTILLATION, "--resume=nowhere --log_dir=logs", ["--resume", "--log_dir", "leave one out"]),
     (DISTILLATION, "--zca --texture", ["--zca", "--texture", "leave one out"]),
     (DISTILLATION, "--batch_syn=11", ["--batch_syn=11", "10 synthetic images"]),
@@ -222,8 +227,8 @@ def test_experts_made_with_zca_are_refused_without(refuse, whitened_experts):
 
 
 def test_experts_made_on_other_data_are_refused(refuse, tmp_path):
-    utils.write_toysat(tmp_path / "other", per_class=20, seed=1)
-    utils.load_eurosat(tmp_path / "other")  # decoded before, so that no progress bar comes in between
+    datasets.write_toysat(tmp_path / "other", per_class=20, seed=1)
+    datasets.load_eurosat(tmp_path / "other")  # decoded before, so that no progress bar comes in between
     refuse(DISTILLATION, ["digest=", "--buffer_path"], f"--data_path={tmp_path / 'other'}")
 
 

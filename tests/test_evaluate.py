@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from utils import CLASS_NAMES
+from datasets import CLASS_NAMES
 
 SCRIPT = "distillation.py"
 

@@ -251,7 +251,7 @@ def test_only_leftovers_of_this_project_are_removed(tmp_path):
 
 
 def test_networks_that_are_trained_together_stop_within_an_epoch():
-    network = utils.initial_network("ConvNetD1", utils.make_generator(0), "cpu")
+    network = utils.initial_network("ConvNetD1", (10, 64), utils.make_generator(0), "cpu")
     with utils.stop, pytest.raises(utils.Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
         train_together([network], None, [(torch.zeros(10, 3, 64, 64), torch.arange(10))], 0.01, epochs=10**9,
@@ -389,7 +389,8 @@ def test_distillation_draws_the_same_experts_in_whatever_order_they_were_trained
         record["training"]["seed"] = 0
         trajectories.add_expert(folder_with(buffers) / "replay_buffer_0.pt", experts[0], record["experts"][0],
                                 {key: record[key] for key in ("settings", "training")})
-    shapes = [p.shape for p in utils.initial_network("ConvNetW32", utils.make_generator(0), "cpu").parameters()]
+    network = utils.initial_network("ConvNetW32", (10, 64), utils.make_generator(0), "cpu")
+    shapes = [p.shape for p in network.parameters()]
     ours, theirs = (trajectories.load_experts(folder_with(place), shapes, 1, None, False)
                     for place in (buffers, eight[0]))
     assert ours.digest() == theirs.digest()

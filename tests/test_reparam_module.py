@@ -116,7 +116,7 @@ def test_a_vector_of_another_length_is_refused(extra):
 
 @pytest.mark.bfloat16
 def test_bfloat16_gives_nearly_the_same_gradients():
-    network = utils.initial_network("ConvNetW32", utils.make_generator(0), "cpu")
+    network = utils.initial_network("ConvNetW32", (10, 64), utils.make_generator(0), "cpu")
     start, target = segment(network, torch.float32)
 
     def match(amp):
@@ -166,8 +166,9 @@ def noise(*shape):
     ("VGG16", 32, 2, 2, 0),
 ])
 def test_both_engines_give_the_same_gradients_in_float64(name, side, steps, batch_syn, windows):
-    network = utils.initial_network(name, utils.make_generator(0), "cpu") if windows else get_network(name, 3, 10, side)
-    prepare = make_prepare(augment, windows)
+    random = utils.make_generator(0)
+    network = utils.initial_network(name, (10, 64), random, "cpu") if windows else get_network(name, 3, 10, side)
+    prepare = make_prepare(augment, windows, 64)
     (loss, images, lr), (loss_ref, images_ref, lr_ref) = (
         match(engine, network, noise(5, 3, side, side), prepare, steps=steps, batch_syn=batch_syn)
         for engine in (AdjointUnroll, AutogradUnroll))
@@ -177,7 +178,7 @@ def test_both_engines_give_the_same_gradients_in_float64(name, side, steps, batc
 
 
 def test_both_engines_nearly_agree_in_float32():
-    network = utils.initial_network("ConvNet", utils.make_generator(0), "cpu")
+    network = utils.initial_network("ConvNet", (10, 64), utils.make_generator(0), "cpu")
     (_, images, lr), (_, images_ref, lr_ref) = (
         match(engine, network, noise(10, 3, 64, 64), augment, steps=4, dtype=torch.float32)
         for engine in (AdjointUnroll, AutogradUnroll))
@@ -185,7 +186,7 @@ def test_both_engines_nearly_agree_in_float32():
 
 
 def test_compiled_steps_give_the_same_gradients_and_say_how_long_compiling_took(capfd):
-    network, runner = utils.initial_network("ConvNetW32", utils.make_generator(0), "cpu"), utils.Runner()
+    network, runner = utils.initial_network("ConvNetW32", (10, 64), utils.make_generator(0), "cpu"), utils.Runner()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         (_, images, lr), (_, images_ref, lr_ref) = (

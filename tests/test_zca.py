@@ -6,7 +6,7 @@ import kornia
 import pytest
 import torch
 
-import utils
+import datasets
 
 
 def small_images(count):
@@ -21,7 +21,7 @@ def small_images(count):
 @pytest.mark.parametrize("name", ["mean_vector", "transform_matrix", "transform_inv"])
 def test_the_fit_agrees_with_kornia(count, name):
     images = small_images(count)
-    ours = getattr(utils.fit_zca(images), name)
+    ours = getattr(datasets.fit_zca(images), name)
     theirs = getattr(kornia.enhance.ZCAWhitening(eps=0.1, compute_inv=True).fit(images), name)
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -30,7 +30,7 @@ def test_the_fit_agrees_with_kornia(count, name):
 @pytest.mark.parametrize("count", [600, 50])
 def test_the_inverse_undoes_the_transform(count):
     images = small_images(count)
-    zca = utils.fit_zca(images)
+    zca = datasets.fit_zca(images)
     unseen = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     for x in (images, unseen):
         torch.testing.assert_close(zca.inverse_transform(zca(x)), x, rtol=0, atol=1e-5)
@@ -39,20 +39,20 @@ def test_the_inverse_undoes_the_transform(count):
 def test_whitened_images_have_the_covariance_that_eps_leaves():
     images = small_images(600)
     eigenvalues = torch.linalg.eigvalsh(torch.cov(images.flatten(1).T))
-    white = torch.linalg.eigvalsh(torch.cov(utils.fit_zca(images)(images).flatten(1).T))
+    white = torch.linalg.eigvalsh(torch.cov(datasets.fit_zca(images)(images).flatten(1).T))
     torch.testing.assert_close(white, eigenvalues / (eigenvalues + 0.1), rtol=1e-3, atol=1e-4)
 
 
 def test_loading_with_zca_a_second_time_reads_the_cache_and_gives_the_same(zca_folder, capfd):
     (cache,) = zca_folder.glob("zca_*.pt")
     made = os.stat(cache).st_mtime_ns
-    data = utils.load_data("EuroSAT", zca_folder, zca=True, val_fraction=0.5, device="cpu")
+    data = datasets.load_data("EuroSAT", zca_folder, zca=True, val_fraction=0.5, device="cpu")
     assert "fitting ZCA" not in capfd.readouterr().out
     assert [path.name for path in zca_folder.glob("zca_*.pt")] == [cache.name]
     assert os.stat(cache).st_mtime_ns == made
 
-    images, labels, _ = utils.load_eurosat(zca_folder)
-    pixels = images[utils.split_dataset(labels, 0.5).train] / 255
+    images, labels, *_ = datasets.load_eurosat(zca_folder)
+    pixels = images[datasets.split_dataset(labels, 0.5).train] / 255
     torch.testing.assert_close(data.to_pixels(data.train[0]), pixels, rtol=0, atol=1e-3)
     torch.testing.assert_close(data.zca(pixels), data.train[0], rtol=0, atol=1e-3)
     assert data.settings["zca"] is True and "mean" not in data.settings
@@ -67,12 +67,12 @@ def foreign(folder):
 def test_a_damaged_or_foreign_zca_cache_is_fitted_again_with_a_warning(tmp_path):
     images = (255 * small_images(50)).byte()
     cache, train = tmp_path / "zca.pt", torch.arange(40)
-    first, _ = utils.whiten(images, train, cache)
-    assert torch.equal(utils.whiten(images, train, cache)[0], first)
+    first, _ = datasets.whiten(images, train, cache)
+    assert torch.equal(datasets.whiten(images, train, cache)[0], first)
     for content in (cache.read_bytes()[:1000], foreign(tmp_path)):
         cache.write_bytes(content)
         with pytest.warns(UserWarning, match=r"zca\.pt cannot be read .*it is made anew"):
-            again, zca = utils.whiten(images, train, cache)
+            again, zca = datasets.whiten(images, train, cache)
         assert torch.equal(again, first)
-    torch.testing.assert_close(again, utils.fit_zca(images[:40] / 255)(images / 255), rtol=0, atol=1e-5)
+    torch.testing.assert_close(again, datasets.fit_zca(images[:40] / 255)(images / 255), rtol=0, atol=1e-5)
     assert zca.fitted

@@ -31,13 +31,14 @@ sys.path.insert(0, str(ROOT))
 
 from mtt import peak_memory  # noqa: E402  (the modules of the project are found through the line above)
 
+import datasets  # noqa: E402
 import files  # noqa: E402
 import utils  # noqa: E402
 from distillation import make_prepare, synthetic_batches  # noqa: E402
 from evaluation import evaluate, make_sgd_step  # noqa: E402
 from reparam_module import UNROLLS, ReparamModule  # noqa: E402
 
-CLASSES, AUGMENT = len(utils.CLASS_NAMES), utils.make_augment(True, utils.DSA_STRATEGY)
+FORM, AUGMENT = datasets.DATASETS["EuroSAT"].form, utils.make_augment(True, utils.DSA_STRATEGY)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a child process measures: each function returns what goes into the table and the JSON file
@@ -63,10 +64,10 @@ def repeated(function, device, times):
 def inputs(model, ipc, device):
     """Random synthetic images, labels, and a segment of a made-up expert, the same in every process."""
     random = utils.make_generator("benchmark")
-    parameters = [p.detach() for p in utils.initial_network(model, random, "cpu").parameters()]
+    parameters = [p.detach() for p in utils.initial_network(model, FORM, random, "cpu").parameters()]
     snapshots = [[p + 0.01 * k * torch.randn(p.shape, generator=random) for p in parameters] for k in range(3)]
-    images = torch.randn(CLASSES * ipc, 3, utils.IM_SIZE, utils.IM_SIZE, generator=random)
-    return images.to(device), torch.arange(CLASSES).repeat_interleave(ipc).to(device), snapshots
+    images = torch.randn(FORM.num_classes * ipc, 3, FORM.im_size, FORM.im_size, generator=random)
+    return images.to(device), torch.arange(FORM.num_classes).repeat_interleave(ipc).to(device), snapshots
 
 
 def measure_limits(device):
@@ -89,9 +90,9 @@ def measure_iteration(device, model, ipc, unroll, steps, amp, compile, repeat):
     images, labels, snapshots = inputs(model, ipc, device)
     start, target = (torch.cat([p.reshape(-1) for p in snapshot]).to(device) for snapshot in snapshots[:2])
     images, syn_lr = images.requires_grad_(True), torch.tensor(0.01, device=device, requires_grad=True)
-    student = ReparamModule(utils.initial_network(model, utils.make_generator(0), device), amp)
+    student = ReparamModule(utils.initial_network(model, FORM, utils.make_generator(0), device), amp)
     engine = UNROLLS[unroll](student, utils.Runner(compile).function)
-    random, prepare = utils.make_generator("draws"), make_prepare(AUGMENT, 0)
+    random, prepare = utils.make_generator("draws"), make_prepare(AUGMENT)
     gradients = []
 
     def iterate():
@@ -109,7 +110,7 @@ def measure_cosine(device, model, ipc, steps, compile):
     gradients = []
     for amp in (False, True):
         leaf, syn_lr = images.clone().requires_grad_(True), torch.tensor(0.01, device=device, requires_grad=True)
-        student = ReparamModule(utils.initial_network(model, utils.make_generator(0), device), amp)
+        student = ReparamModule(utils.initial_network(model, FORM, utils.make_generator(0), device), amp)
         batches = synthetic_batches(leaf, labels, steps, len(leaf), AUGMENT, utils.make_generator("draws"))
         engine = UNROLLS["adjoint"](student, utils.Runner(compile).function)
         gradients.append(engine(start, target, leaf, syn_lr, batches)[1].flatten().double())
@@ -119,9 +120,9 @@ def measure_cosine(device, model, ipc, steps, compile):
 def measure_experts(device, model, amp, compile, repeat):
     """Training on real images, batches of 128: images per second."""
     random = utils.make_generator("experts")
-    x = torch.randn(10 * 128, 3, utils.IM_SIZE, utils.IM_SIZE, generator=random).to(device)
-    y = torch.randint(CLASSES, (len(x),), generator=random).to(device)
-    network = utils.initial_network(model, random, device)
+    x = torch.randn(10 * 128, 3, FORM.im_size, FORM.im_size, generator=random).to(device)
+    y = torch.randint(FORM.num_classes, (len(x),), generator=random).to(device)
+    network = utils.initial_network(model, FORM, random, device)
     logits, optimizer = utils.Runner(compile, amp)(network), torch.optim.SGD(network.parameters(), lr=0.01)
 
     def epoch():
@@ -134,9 +135,9 @@ def measure_evaluation(device, model, ipc, amp, compile, epochs):
     """Five networks trained on the synthetic images: seconds per network and epoch, compiled before."""
     images, labels, _ = inputs(model, ipc, device)
     part = images, labels
-    data = utils.Data(part, part, part, {}, None)
+    data = datasets.Data(part, part, part, datasets.CLASS_NAMES, {}, None)
     runner = utils.Runner(compile, amp)
-    step = make_sgd_step(model, runner, device)
+    step = make_sgd_step(model, FORM, runner, device)
 
     def run(epochs):
         evaluate(model, [part] * 5, 0.01, data, runner, AUGMENT, (0,), step=step, epochs=epochs, batch_train=256,
@@ -171,7 +172,7 @@ def measure_counts(device, model, ipc, amp):
     counts = {}
     for unroll in UNROLLS:
         leaf, syn_lr = images.clone().requires_grad_(True), torch.tensor(0.01, device=device, requires_grad=True)
-        student = ReparamModule(utils.initial_network(model, utils.make_generator(0), device), amp)
+        student = ReparamModule(utils.initial_network(model, FORM, utils.make_generator(0), device), amp)
         with Products() as products:
             UNROLLS[unroll](student)(start, target, leaf, syn_lr, [(leaf, labels)])
         counts[unroll] = {"flop": products.flop, "bytes": products.bytes}

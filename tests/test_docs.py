@@ -1,0 +1,88 @@
+"""README and docs: every link leads somewhere, every command is taken by its script, those of the README run."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = [ROOT / "expert_trajectories.py", ROOT / "distillation.py"]
+LINK = re.compile(r"\[[^]]*\]\(([^)]+)\)")
+COMMAND = re.compile(r"python ((?:expert_trajectories|distillation)\.py(?: [^\n`\"\[]+|\\\n)*)")
+
+
+def anchors(page):
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(path):
+    """The commands of both scripts in a file, as lists of words."""
+    text = path.read_text().replace("\\\n", " ")
+    return [shlex.split(found) for found in COMMAND.findall(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_or_a_heading_that_is_there(page):
+    targets = LINK.findall(page.read_text())
+    for target in (target for target in targets if not target.startswith("https://")):
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_every_page_and_picture_of_the_docs_is_linked():
+    linked = {(page.parent / target.partition("#")[0]).resolve()
+              for page in PAGES for target in LINK.findall(page.read_text())}
+    assert {path.resolve() for path in (ROOT / "docs").iterdir()} <= linked
+
+
+@pytest.mark.parametrize("words", [words for path in [*PAGES, *SCRIPTS] for words in commands(path)], ids=" ".join)
+def test_every_command_is_taken_by_its_script(run_here, words, tmp_path):
+    script, *flags = words
+    done = run_here(script, *flags, "--device=nonsense", cwd=tmp_path)
+    if "--resume" in flags:  # the flags of the run, which is not there, come before all else
+        assert "no run was begun there" in done.stderr
+    else:  # the first thing that is looked at after the flags
+        assert done.returncode == 2 and "--device=nonsense" in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def readers_folder(zca_folder, tmp_path_factory):
+    """An empty folder of a reader of the README, with the data that it speaks of: few, so that whitening is quick."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "DATA").symlink_to(zca_folder)
+    return folder
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(run_here, readers_folder):
+    """Shortened by further flags, of which the last one counts; on the smallest network and data."""
+    short = {"expert_trajectories.py": "--num_experts=2 --train_epochs=7 --batch_train=20",
+             "distillation.py": "--Iteration=1 --num_eval=1 --epoch_eval_train=1"}
+    few = "--val_fraction=0.5 --model=ConvNetD1 --no-compile --wandb_mode=disabled"
+    told = commands(ROOT / "README.md")
+    assert len(told) >= 8
+    for script, *flags in told:
+        more = f"{short[script]} {few}".split()
+        if "--resume" in flags:
+            more = []
+        elif not {"--evaluate", "--preset"} & {flag.partition("=")[0] for flag in flags}:
+            more += ["--run_name=RUN"] * (script == "distillation.py")
+        elif "MTT/images_best.pt" in flags:
+            (readers_folder / "MTT").mkdir()
+            for name in ("images", "labels"):
+                shutil.copy(readers_folder / f"logged_files/EuroSAT/RUN/{name}_best.pt", readers_folder / "MTT")
+        done = run_here(script, *flags, *more, cwd=readers_folder)
+        assert done.returncode == 0, (script, flags, done.stderr)
+    assert (readers_folder / "EXPORTED" / "images" / "Forest" / "0000.png").exists()
+
+
+def test_the_readmes_one_line_that_draws_toysat_runs(readers_folder):
+    (line,) = re.findall(r'python (-c "[^"]*write_toysat[^"]*")', (ROOT / "README.md").read_text())
+    done = subprocess.run([sys.executable, *shlex.split(line.replace("per_class=100", "per_class=2"))],
+                          cwd=readers_folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert len(list((readers_folder / "DIR").glob("*/*.jpg"))) == 20

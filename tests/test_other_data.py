@@ -1,0 +1,252 @@
+"""Other people's data: folders of pictures, CIFAR-10 and CIFAR-100, through both scripts."""
+
+import hashlib
+import json
+import pickle
+import shutil
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import datasets
+from datasets import load_data
+from files import ReportedError
+
+TINY = ["--no-compile", "--wandb_mode=disabled", "--model=ConvNetW32", "--buffer_path=buffers", "--batch_train=16"]
+
+
+def picture(seed, width, height, mode="RGB"):
+    """A picture of noise in this size and mode."""
+    random = np.random.default_rng(seed)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
+
+
+def fill(folder, classes, count):
+    """Class folders of pictures in several formats, sizes and modes; returns the folder."""
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            kind = ("RGB", "L", "RGBA", "P")[index % 4]
+            picture((label, index), 20 + index, 30, kind).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return fill(tmp_path / "pictures", ("beach", "forest", "town"), 12)
+
+
+def run_both(run_here, cwd, *flags, ipc=1):
+    """Two experts, two iterations and an evaluation of the result: the run's folder, and what was printed."""
+    out = ""
+    for script, more in (("expert_trajectories.py", ["--num_experts=2", "--train_epochs=2"]),
+                         ("distillation.py", [f"--ipc={ipc}", "--Iteration=2", "--syn_steps=2", "--expert_epochs=1",
+                                              "--max_start_epoch=2", "--lr_lr=1e-8", "--num_eval=1",
+                                              "--epoch_eval_train=1", "--run_name=run"])):
+        done = run_here(script, *TINY, *flags, *more, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        out += done.stdout
+    (folder,) = cwd.glob("logged_files/*/run")
+    return folder, out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ImageFolder
+
+
+def test_both_scripts_run_on_a_folder_of_pictures(run_here, pictures, tmp_path):
+    folder, out = run_both(run_here, tmp_path, "--dataset=ImageFolder", f"--data_path={pictures}", "--im_size=16")
+    assert "30 training, 3 validation, 3 test images" in out and "all 30 training images" in out
+    assert torch.load(folder / "images_best.pt", weights_only=True).shape == (3, 3, 16, 16)
+    assert torch.load(folder / "labels_best.pt", weights_only=True).tolist() == [0, 1, 2]
+    assert (tmp_path / "buffers" / "ImageFolder_NO_ZCA" / "ConvNetW32" / "replay_buffer_0.pt").exists()
+    done = run_here("distillation.py", f"--evaluate={folder}", "--no-compile", cwd=tmp_path)
+    assert done.returncode == 0 and all(name in done.stdout for name in ("beach", "forest", "town")), done.stderr
+    done = run_here("distillation.py", f"--evaluate={folder}", "--export=exported", cwd=tmp_path)
+    exported = torchvision.datasets.ImageFolder(tmp_path / "exported" / "images")
+    assert exported.classes == ["beach", "forest", "town"] and exported[0][0].size == (16, 16)
+    done = run_here("distillation.py", f"--resume={folder}", cwd=tmp_path)
+    assert done.returncode == 0 and "Best iteration" in done.stdout, done.stderr
+
+
+def test_pictures_are_scaled_to_cover_the_square_and_their_centre_is_taken(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            wide = np.zeros((20, 60, 3), np.uint8)
+            wide[:, 20:40] = (10, 20, 30)  # the centre, the only part that is not black
+            Image.fromarray(wide).save(tmp_path / name / f"{index}.png")
+    images = datasets.load_image_folder(tmp_path, 10).images
+    assert images.shape == (8, 3, 10, 10)
+    assert (images[:, :, :, 1:9] == torch.tensor([10, 20, 30]).view(3, 1, 1)).all()
+
+
+def test_pictures_are_normalised_by_the_statistics_of_the_training_images(pictures):
+    data = load_data("ImageFolder", pictures, zca=False, val_fraction=0.1, device="cpu", im_size=16)
+    x = data.train[0]
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(x.transpose(0, 1).flatten(1).std(1, correction=0), torch.ones(3), rtol=0, atol=1e-4)
+    raw = datasets.load_image_folder(pictures, 16)
+    split = datasets.split_dataset(raw.labels, 0.1, raw.classes)
+    torch.testing.assert_close(data.to_pixels(x), raw.images[split.train] / 255, rtol=0, atol=1e-5)
+
+
+def test_whitening_takes_any_size(pictures):
+    data = load_data("ImageFolder", pictures, zca=True, val_fraction=0.1, device="cpu", im_size=8)
+    assert data.form == (3, 8)
+    raw = datasets.load_image_folder(pictures, 8)
+    split = datasets.split_dataset(raw.labels, 0.1, raw.classes)
+    torch.testing.assert_close(data.to_pixels(data.test[0]), raw.images[split.test] / 255, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("test", ["test", "val", "val/images"])
+def test_the_folders_train_and_test_are_kept_apart(tmp_path, test):
+    fill(tmp_path / "train", ("a", "b"), 10)
+    fill(tmp_path / test, ("a", "b"), 3)
+    data = load_data("ImageFolder", tmp_path, zca=False, val_fraction=0.2, device="cpu", im_size=20)
+    assert [len(part[1]) for part in (data.train, data.val, data.test)] == [16, 4, 6]
+    alone = datasets.load_image_folder(tmp_path / test, 20).images
+    torch.testing.assert_close(data.to_pixels(data.test[0]), alone / 255, rtol=0, atol=1e-5)
+    whole = load_data("ImageFolder", tmp_path, zca=False, val_fraction=0, device="cpu", im_size=20)
+    assert [len(part[1]) for part in (whole.train, whole.val, whole.test)] == [20, 0, 6]
+
+
+def test_the_cache_is_for_one_size_and_notices_a_changed_picture(pictures, monkeypatch):
+    first = datasets.load_image_folder(pictures, 16)
+    assert datasets.load_image_folder(pictures, 8).images.shape[2] == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "decode_pictures", lambda *_: pytest.fail("decoded again"))
+        assert torch.equal(datasets.load_image_folder(pictures, 16).images, first.images)
+    picture(99, 16, 16).save(pictures / "town" / "0.png")
+    assert datasets.load_image_folder(pictures, 16).digest != first.digest
+
+
+def test_what_is_hidden_or_no_picture_is_left_alone(pictures):
+    digest = datasets.load_image_folder(pictures, 16).digest
+    (pictures / ".cache").mkdir()
+    (pictures / "notes.txt").write_text("about these pictures")
+    (pictures / "town" / "._0.png").write_bytes(b"attributes")
+    (pictures / "town" / "boxes.txt").write_text("0 0 1 1")
+    again = datasets.load_image_folder(pictures, 16)
+    assert again.classes == ("beach", "forest", "town") and again.digest == digest
+
+
+def only_one_class(folder):
+    shutil.rmtree(folder / "town")
+    shutil.rmtree(folder / "forest")
+
+
+def an_empty_class(folder):
+    (folder / "desert").mkdir()
+
+
+def other_classes_to_test(folder):
+    for part in ("train", "val"):
+        (folder / part).mkdir()
+    (folder / "beach").rename(folder / "train" / "beach")
+    (folder / "forest").rename(folder / "train" / "forest")
+    (folder / "town").rename(folder / "val" / "town")
+
+
+def sixteen_bits(folder):
+    Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(folder / "town" / "0.png")
+
+
+def damaged(folder):
+    (folder / "town" / "0.png").write_bytes((folder / "town" / "0.png").read_bytes()[:100])
+
+
+def too_few(folder):
+    for path in list((folder / "town").iterdir())[2:]:
+        path.unlink()
+
+
+@pytest.mark.parametrize("change, message", [
+    (shutil.rmtree, "pictures cannot be read .*No such file"),
+    (only_one_class, r"holds 1 class folders \(beach\): name the folder in which every class has one"),
+    (an_empty_class, "no valid file for the classes desert"),
+    (other_classes_to_test, "val do not have the 2 class folders of train"),
+    (sixteen_bits, r"town/0\.png has more than 8 bits per channel \(mode I;16\); convert it"),
+    (damaged, r"town/0\.png cannot be decoded"),
+    (too_few, "class town has only 2 images, too few"),
+])
+def test_a_folder_that_cannot_be_used_is_refused(pictures, change, message):
+    change(pictures)
+    with pytest.raises(ReportedError, match=message) as error:
+        load_data("ImageFolder", pictures, zca=False, val_fraction=0.1, device="cpu", im_size=16)
+    assert "\n" not in str(error.value)
+
+
+def test_experts_of_another_folder_are_refused(run_here, pictures, tmp_path):
+    run_both(run_here, tmp_path, "--dataset=ImageFolder", f"--data_path={pictures}", "--im_size=16")
+    fill(tmp_path / "others", ("beach", "forest", "town"), 11)
+    done = run_here("distillation.py", *TINY, "--dataset=ImageFolder", f"--data_path={tmp_path / 'others'}",
+                    "--im_size=16", "--max_start_epoch=1", "--expert_epochs=1", cwd=tmp_path)
+    assert done.returncode == 2 and "digest=" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CIFAR
+
+
+@pytest.fixture(params=["CIFAR10", "CIFAR100"])
+def cifar(request, tmp_path, monkeypatch):
+    """A folder with files like those of CIFAR-10 or CIFAR-100, of ten classes; torchvision knows their checksums.
+
+    Returns the name, the folder and the test images.
+    """
+    dataset = getattr(torchvision.datasets, request.param)
+    folder, random = tmp_path / "data" / dataset.base_folder, np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    label_key = "labels" if request.param == "CIFAR10" else "fine_labels"
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for attribute in ("train_list", "test_list"):
+        files = []
+        for name, _ in getattr(dataset, attribute):
+            content = {"data": random.integers(0, 256, (100, 3072), np.uint8), label_key: [i % 10 for i in range(100)]}
+            files.append([name, write(name, content)])
+        monkeypatch.setattr(dataset, attribute, files)
+    meta = write(dataset.meta["filename"], {dataset.meta["key"]: [f"class {i}" for i in range(10)]})
+    monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": meta})
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    monkeypatch.setitem(datasets.DATASETS, "CIFAR100",
+                        datasets.DataSet(datasets.DATASETS["CIFAR100"].load, datasets.Form(10, 32),
+                                         datasets.CIFAR_MEAN, datasets.CIFAR_STD))
+    return request.param, tmp_path / "data", content["data"].reshape(-1, 3, 32, 32)
+
+
+def test_cifar_keeps_its_own_test_set(cifar):
+    name, folder, test_images = cifar
+    data = load_data(name, folder, zca=False, val_fraction=0.1, device="cpu")
+    count = 500 if name == "CIFAR10" else 100
+    assert [len(part[1]) for part in (data.train, data.val, data.test)] == [0.9 * count, 0.1 * count, 100]
+    torch.testing.assert_close(data.to_pixels(data.test[0]), torch.from_numpy(test_images) / 255, rtol=0, atol=1e-5)
+    assert data.test[1].tolist() == [i % 10 for i in range(100)] and data.classes[3] == "class 3"
+    assert data.settings["mean"] == [0.4914, 0.4822, 0.4465] and data.settings["std"] == [0.2023, 0.1994, 0.2010]
+
+
+def test_both_scripts_run_on_cifar(run_here, cifar, tmp_path):
+    name, data_path, _ = cifar
+    folder, _ = run_both(run_here, tmp_path, f"--dataset={name}", f"--data_path={data_path}", "--zca", ipc=2)
+    assert torch.load(folder / "images_zca_best.pt", weights_only=True).shape == (20, 3, 32, 32)
+    assert json.loads((folder / "results.json").read_text())["data"]["dataset"] == name
+
+
+def test_cifar_that_is_damaged_and_cannot_be_fetched_is_reported(cifar):
+    name, folder, _ = cifar
+    path = next(folder.glob("*/test*"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ReportedError, match=rf"{name} is not in --data_path=.*or is damaged.*no network.*tar\.gz"):
+        load_data(name, folder, zca=False, val_fraction=0.1, device="cpu")
