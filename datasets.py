@@ -84,13 +84,15 @@ def decode_pictures(paths, im_size, crop):
             with Image.open(path) as image:  # its size is known before it is decoded: a few bytes can hold gigabytes
                 if image.size != (im_size, im_size) and not crop:
                     fault = f"is {image.width}x{image.height} pixels, not {im_size}x{im_size}"
+                elif image.width * image.height > Image.MAX_IMAGE_PIXELS:  # of which Pillow itself only warns
+                    fault = f"is {image.width}x{image.height} pixels, more than is safe to decode"
                 elif image.mode.startswith(("I", "F")):
                     fault = f"has more than 8 bits per channel (mode {image.mode}); convert it"
                 else:
                     square = ImageOps.fit(image.convert("RGB"), (im_size, im_size), Image.Resampling.BILINEAR)
                     images[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)  # from (H, W, 3)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-            fault = f"cannot be decoded ({error})"
+        except Exception as error:  # Pillow raises whatever a damaged file's bytes happen to trigger
+            fault = f"cannot be decoded ({first_line(error)})"
         if fault:
             raise ReportedError(f"{path} {fault}: replace it")
 
@@ -226,7 +228,7 @@ def load_cifar(dataset, data_path):
     torchvision unpickles their files, after it has compared them with the checksums that it knows.
     """
     with files.locked(data_path, reader=True):
-        if not (data_path / dataset.base_folder).is_dir():
+        if not any((data_path / name).exists() for name in (dataset.base_folder, dataset.filename)):
             print(f"{dataset.__name__} is not in {data_path}; downloading it (170 MB)", flush=True)
         try:
             parts = [dataset(data_path, train=train, download=True) for train in (True, False)]
@@ -244,33 +246,49 @@ def load_cifar(dataset, data_path):
 def load_image_folder(data_path, im_size):
     """The pictures of any folder of class folders, as torchvision's ImageFolder takes it: `Images` of this side.
 
-    They are scaled to cover the square, and its centre is taken. Raises ReportedError where a class has none, or one
-    cannot be decoded.
+    They are scaled to cover the square, and its centre is taken. Raises ReportedError where a class has none, where one
+    cannot be decoded, or is there twice.
     """
     classes, *parts = image_folders(data_path)
-    labels_of = {name: label for label, name in enumerate(classes)}
-    try:
-        samples = [make_dataset(data_path / part, labels_of, is_valid_file=is_picture) for part in parts]
-    except FileNotFoundError as error:
-        raise ReportedError(f"--data_path={data_path}: {first_line(error)}") from None
-    paths = [os.path.relpath(path, data_path) for part in samples for path, _ in part]
-    labels = torch.tensor([label for part in samples for _, label in part])
-    num_test = len(samples[1]) if len(samples) > 1 else None
+    samples = [list_pictures(data_path, part, classes) for part in parts]
+    paths, labels = zip(*(sample for part in samples for sample in part))
+    labels, num_test = torch.tensor(labels), len(samples[1]) if len(samples) > 1 else None
+    places = {}
+    for path in paths:
+        if (first := places.setdefault(os.path.realpath(data_path / path), path)) != path:
+            raise ReportedError(f"--data_path={data_path}: {first} and {path} are one file, by a link: remove one")
     with files.locked(data_path, reader=True):
         images, digest = read_pictures(data_path, paths, labels, data_path / f"imagefolder_{im_size}_cache.pt", im_size,
                                        crop=True, num_test=num_test)
     return Images(images, labels, digest, classes, num_test)
 
 
-def is_picture(path):
-    return path.lower().endswith(IMG_EXTENSIONS) and not os.path.basename(path).startswith(".")
+def list_pictures(data_path, part, classes):
+    """Paths relative to `data_path`, and labels, of the pictures in the class folders of its subfolder `part`.
+
+    They are sorted by class and path. What is hidden is left out, and what torchvision does not take for a picture.
+    """
+
+    def is_picture(path):
+        hidden = any(name.startswith(".") for name in os.path.relpath(path, data_path / part).split(os.sep))
+        return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+
+    labels_of = {name: label for label, name in enumerate(classes)}
+    try:
+        samples = make_dataset(data_path / part, labels_of, is_valid_file=is_picture)
+    except FileNotFoundError as error:  # of a class without pictures
+        raise ReportedError(f"{data_path / part}: {first_line(error)} Add pictures, or remove the folder") from None
+    return [(os.path.relpath(path, data_path), label) for path, label in samples]
+
+
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "eval"}
 
 
 def image_folders(data_path):
     """Class names in an image folder, and the subfolder that has their folders; or that for training and that for
     testing, where there are train/ and test/, val/ or val/images/ (as in Tiny ImageNet).
 
-    Raises ReportedError where there are not two classes, or those for training and testing differ.
+    Raises ReportedError where there are not two classes, those for training and testing differ, or a name is none.
     """
 
     def classes_in(part):
@@ -288,7 +306,13 @@ def image_folders(data_path):
         parts = ["train", *(part for part in tests if classes_in(part) == classes)][:2]
         if len(parts) < 2:
             raise ReportedError(f"--data_path={data_path}: {' and '.join(tests)} do not have the {len(classes)} class "
-                                "folders of train: sort the pictures into them, or move train away to split it")
+                                "folders of train: sort the pictures into them, or name train itself, and it is split")
+    if classes and all(name.lower() in PARTS for name in classes):
+        raise ReportedError(f"--data_path={data_path} holds {', '.join(classes)}, which are no classes: call them "
+                            "train and test (or val), with a folder per class, or name one of them, and it is split")
+    for name in classes:
+        if not name.isprintable():  # as where it is no UTF-8
+            raise ReportedError(f"--data_path={data_path}: the folder {name!a} cannot be printed: rename it")
     if len(classes) < 2:
         found = ", ".join(classes) or "none"
         raise ReportedError(f"--data_path={data_path} holds {len(classes)} class folders ({found}): name the folder in "
@@ -337,6 +361,8 @@ def form_of(dataset, data_path, im_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Splits
 
+TEST_FRACTION = 0.1
+
 
 @dataclass(frozen=True)
 class Split:
@@ -347,9 +373,10 @@ class Split:
     test: torch.Tensor
 
 
-def split_dataset(labels, val_fraction, classes=CLASS_NAMES, num_test=None, test_fraction=0.1):
-    """Split by class: `test_fraction` of all (or the last `num_test` images) for testing, then `val_fraction` of the
-    rest. It depends on nothing but the labels.
+def split_dataset(labels, val_fraction, classes=CLASS_NAMES, num_test=None):
+    """Split by class: TEST_FRACTION, or the last `num_test` images, for testing, then `val_fraction` of the rest.
+
+    It depends on nothing but the labels.
 
     Raises ReportedError where one of `classes` is too small to have an image in each part.
     """
@@ -358,14 +385,14 @@ def split_dataset(labels, val_fraction, classes=CLASS_NAMES, num_test=None, test
     labels = labels.numpy()[:len(labels) - (num_test or 0)]
     for label, name in enumerate(classes):
         members = random.permutation(np.flatnonzero(labels == label))
-        num_test_here = 0 if num_test else round(test_fraction * len(members))
+        num_test_here = 0 if num_test else round(TEST_FRACTION * len(members))
         num_val = round(val_fraction * (len(members) - num_test_here))
         num_train = len(members) - num_test_here - num_val
         if (num_test_here == 0 and not num_test) or (val_fraction > 0 and num_val == 0) or num_train == 0:
             raise ReportedError(
                 f"class {name} has only {len(members)} images, too few to split "
-                f"{f'{test_fraction:.0%} for testing and ' if not num_test else ''}"
-                f"--val_fraction={val_fraction} for validation")
+                f"{'' if num_test else f'{TEST_FRACTION:.0%} for testing and '}"
+                f"--val_fraction={val_fraction} for validation: add some, or change --val_fraction (0: no validation)")
         for part, indices in zip(parts, np.split(members, [num_train, num_train + num_val])):
             part.append(indices)
     return Split(*(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts))
@@ -424,7 +451,8 @@ def whiten(images, train, cache):
         images, zca.mean_vector, zca.transform_matrix, zca.transform_inv = cached.values()
         zca.fitted = True
         return images, zca
-    print(f"fitting ZCA on {len(train)} images; kept in {cache}", flush=True)
+    size = 4 * images.numel() + 8 * images[0].numel() ** 2  # of the images, and of the transform and its inverse
+    print(f"fitting ZCA on {len(train)} images; kept in {cache} ({size / 1e9:.1f} GB)", flush=True)
     zca = fit_zca(images[train].float().div_(255))
     white = torch.empty(images.shape)
     for part, out in zip(images.split(2048), white.split(2048)):
@@ -470,6 +498,7 @@ def channel_statistics(images):
     share, values = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
     mean = share @ values.double()
     std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    std[std == 0] = 1  # of a channel that is the same everywhere, and stays 0
     return [[round(value, 6) for value in part.tolist()] for part in (mean, std)]
 
 
@@ -479,6 +508,8 @@ def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
     raw = known.load(data_path) if known.form else known.load(data_path, form.im_size)
     split = split_dataset(raw.labels, val_fraction, raw.classes, raw.num_test)
     settings = {"dataset": dataset, "digest": raw.digest, "val_fraction": val_fraction, "zca": zca}
+    if not known.form:
+        settings["im_size"] = form.im_size
     if zca:
         settings["zca_eps"] = ZCA_EPS
         key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
@@ -501,7 +532,7 @@ def add_flags(parser):
         help="ToySAT: a drawn stand-in for trying things out; ImageFolder: any folder of class folders of pictures")
     add("--data_path", type=utils.expanded_path, default=Path("data"), metavar="DIR",
         help="folder of the data set and of its caches")
-    add("--im_size", type=utils.count, metavar="PIXELS",
+    add("--im_size", type=utils.number(int, 2, below=4097), metavar="PIXELS",
         help=f"with --dataset=ImageFolder: side that its pictures are scaled to (default: {IM_SIZE})")
     utils.add_flag(add, "--zca", help="ZCA whitening instead of normalisation by channel")
     add("--val_fraction", type=utils.number(float, 0, below=1), default=0.1, metavar="[0,1)",

@@ -35,10 +35,9 @@ from evaluation import (
     Evaluations,
     Scores,
     evaluate_pool,
-    make_sgd_step,
+    make_pool,
     mean_choice,
     plain,
-    pool_of,
     scored,
     scores_table,
 )
@@ -205,7 +204,8 @@ def make_prepare(augment, samples=0, side=None):
 def check_batch_syn(batch_syn, num_images):
     """--batch_syn, all of the synthetic images where it is None. Raises ReportedError where it is more than these."""
     if (batch_syn or 0) > num_images:
-        raise ReportedError(f"--batch_syn={batch_syn} is more than the {num_images} synthetic images: lower it")
+        raise ReportedError(f"--batch_syn={batch_syn} is more than the {num_images} synthetic images: lower it, or "
+                            "raise --ipc")
     return batch_syn or num_images
 
 
@@ -391,8 +391,9 @@ def export_set(folder, images, labels, syn_lr, data: Data):
     """
     if (folder / "images").exists():
         raise ReportedError(f"--export={folder}: there are images already: remove them, or name another folder")
+    pixels = report.clip(data.to_pixels(images))
     for label, name in enumerate(data.classes):
-        for number, image in enumerate(report.clip(data.to_pixels(images))[labels == label]):
+        for number, image in enumerate(pixels[labels == label]):
             report.save_picture(folder / "images" / name, f"{number:04d}.png", report.draw_image(image))
     content = {"image_tensor": images, "hard_labels": labels, "syn_lr": syn_lr}
     files.write_whole(folder / "dd_ranking.pt", lambda file: torch.save(content, file))
@@ -452,6 +453,8 @@ def evaluate_saved(args):
     device = utils.check_device(args.device)
     args.amp = utils.check_amp(args.amp, device)
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
+    runner = utils.Runner(args.compile, args.amp)
+    pool = make_pool(args.eval_mode, args.model, form, runner, device)
     saved = None if args.evaluate in ("random", "full") else load_set(utils.expanded_path(args.evaluate), form)
     data = datasets.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size)
     augment, alpha = utils.make_augment(args.dsa, args.dsa_strategy), args.lr_teacher
@@ -479,14 +482,12 @@ def evaluate_saved(args):
         sets = [(images.to(device), labels.to(device))] * args.num_eval
         prepare = make_prepare(augment, args.canvas_samples if args.texture else 0, form.im_size)
 
-    runner = utils.Runner(args.compile, args.amp)
-    pool = {model: make_sgd_step(model, form, runner, device) for model in pool_of(args.eval_mode, args.model)}
     scores = evaluate_pool(pool, sets, alpha, data=data, runner=runner, prepare=prepare, key=(args.seed, "saved"),
                            epochs=args.epoch_eval_train, batch_train=args.batch_train, batch_real=args.batch_real)
     title = {"full": "training images", "random": "random real images"}.get(args.evaluate, f"images of {args.evaluate}")
     print(f"{len(sets[0][0])} {title}: {args.num_eval} networks, {args.epoch_eval_train} epochs, α = {alpha:.5f}\n")
     print(scores_table(scores, data.classes))
-    settings = run_settings(vars(args)) | {"evaluate": args.evaluate, "syn_lr": alpha}
+    settings = run_settings(vars(args)) | {"data": data.settings["digest"], "evaluate": args.evaluate, "syn_lr": alpha}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     path = args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}_{digest}") / "evaluation.json"
     rows = plain([{"evaluated": args.evaluate, "images": len(sets[0][0]), "syn_lr": alpha, "scores": scores}])
@@ -553,7 +554,9 @@ def main():
     flags = as_flags(vars(args))  # as they were given
     args.amp = utils.check_amp(args.amp, device)
 
-    student = make_student(args.model, form, args.amp, device)  # refuses names before loading
+    student = make_student(args.model, form, args.amp, device)  # names are refused before loading
+    runner = utils.Runner(args.compile, args.amp)
+    pool = make_pool(args.eval_mode, args.model, form, runner, device)
     experts = load_experts(expert_folder(args.buffer_path, args.dataset, args.zca, args.model), student.shapes,
                            args.max_files, args.max_experts, args.skip_damaged)
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
@@ -576,9 +579,7 @@ def main():
     augment = utils.make_augment(args.dsa, args.dsa_strategy)
     prepare_student = make_prepare(augment if args.dsa and not args.no_aug else None, windows, form.im_size)
     prepare_eval = make_prepare(augment, windows, form.im_size)
-    runner = utils.Runner(args.compile, args.amp)
     unroll = UNROLLS[args.unroll](student, runner.function)
-    pool = {name: make_sgd_step(name, form, runner, device) for name in pool_of(args.eval_mode, args.model)}
     evaluated = partial(evaluate_pool, pool, data=data, runner=runner, epochs=args.epoch_eval_train,
                         batch_train=args.batch_train, batch_real=args.batch_real)
 
@@ -638,5 +639,5 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run_script(main, less_memory="lower --ipc, --batch_syn, --batch_train or --num_eval, or use --amp or "
-                                       "--unroll=adjoint")
+    utils.run_script(main, less_memory="lower --ipc, --batch_syn, --batch_train, --num_eval or --im_size, leave "
+                                       "out --zca, or use --amp or --unroll=adjoint")

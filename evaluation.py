@@ -1,5 +1,6 @@
 """Evaluation: fresh networks are trained on a synthetic set, and tested on real images."""
 
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import utils
 from datasets import Data
+from files import ReportedError
 from reparam_module import ReparamModule
 from utils import stop
 
@@ -65,6 +67,10 @@ def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, 
         for index, (network, logits, generator) in enumerate(zip(networks, runs, generators)):
             evaluate_synset(network, logits, *training_sets[index], syn_lr, generator=generator,
                                   name=f"evaluation {index + 1}/{len(networks)}, {model}", **settings)
+    diverged = sum(not all(p.isfinite().all() for p in network.parameters()) for network in networks)
+    if diverged:
+        warnings.warn(f"{diverged} of {len(networks)} networks ({model}) diverged in evaluation: α = {syn_lr:.4g} is "
+                      "too large for them; they count with what guessing is worth")
     val, test = ([utils.accuracy(network, logits, *part, batch_real) for network, logits in zip(networks, runs)]
                  if len(part[1]) else [] for part in (data.val, data.test))
     return Scores([total for total, _ in val], [total for total, _ in test], [classes for _, classes in test])
@@ -129,9 +135,16 @@ def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch
             optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr * 0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def pool_of(mode, model):
-    """The names of the networks that --eval_mode evaluates on, each once."""
-    return list(dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode]))
+def make_pool(mode, model, form, runner, device):
+    """The networks that --eval_mode evaluates on, each once: names, and the `step` to train them with.
+
+    Raises ReportedError where one of them does not take images of this `datasets.Form`.
+    """
+    names = dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode])
+    try:
+        return {name: make_sgd_step(name, form, runner, device) for name in names}
+    except ReportedError as error:
+        raise ReportedError(f"--eval_mode={mode}: {error}") from None
 
 
 def scores_table(scores, classes):
@@ -146,7 +159,7 @@ def scores_table(scores, classes):
 
 
 def evaluate_pool(pool, training_sets, syn_lr, *args, **settings):
-    """Scores of each network of a `pool`, names and the `step` to train them with; see `evaluate`."""
+    """Scores of each network of a `make_pool`; see `evaluate`."""
     return {name: evaluate(name, training_sets, syn_lr, *args, step=step, **settings) for name, step in pool.items()}
 
 

@@ -122,8 +122,9 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is better found out now
     done = experts_in(folder, settings | training, read=lambda path: read_trajectories(path)[1])  # with checksums
     seeds = range(args.seed, args.seed + args.num_experts)
-    print(f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test images; "
-          f"{len(done.intersection(seeds))} of {args.num_experts} experts are in {folder}", flush=True)
+    here = len(done.intersection(seeds))
+    print(f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test images of "
+          f"{data.form.num_classes} classes; {here} of {args.num_experts} experts are in {folder}", flush=True)
 
     batches = -(-len(data.train[1]) // args.batch_train)
     while True:
@@ -153,4 +154,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run_script(main, less_memory="lower --batch_train, or use --amp")
+    utils.run_script(main, less_memory="lower --batch_train or --im_size, leave out --zca, or use --amp")

@@ -23,34 +23,32 @@ def draw_image(image):
     return Image.fromarray((image / image.max().clamp(min=1e-8) * 255).byte().permute(1, 2, 0).numpy())
 
 
-TILES = 1000  # that a picture has at most, or a run of CIFAR-100 at 50 images per class would draw 100 million pixels
+SIDE, PIXELS = 30_000, 30_000_000  # that a picture has at most: GIF ends at 65,535 a side, Pillow warns from 90 Mpx on
 
 
 def draw_grid(images, labels, title, classes):
     """A labelled picture of images (B, 3, H, W), each scaled to its own range, `classes` naming the labels (B,).
 
-    One image per class: rows of five, or of ten from eleven classes on. Several: a column per class, or a row where
-    there are more than ten. Of many, the first ones of each class.
+    One image per class: rows of five, or of ten from eleven classes on. Several: a column per class, or, where there
+    are more than ten, a row with the first ten of each. The title says where not all images have found room.
     """
     of_classes = [torch.nonzero(labels.cpu() == label).flatten().tolist() for label in range(len(classes))]
-    most = max(map(len, of_classes))
-    shown = min(most, max(1, TILES // len(classes)))
-    if shown < most:
-        title += f", the first {shown} of {most} per class"
+    most, few = max(map(len, of_classes)), len(classes) <= 10
+    shown = most if few else min(most, 10)
+    columns = (5 if few else 10) if most == 1 else len(classes) if few else shown
     table = [part[:shown] + [None] * (shown - len(part)) for part in of_classes]  # a row per class
-    if shown == 1:
-        columns = 5 if len(classes) <= 10 else 10
-        order, rows = [part[0] for part in table], -(-len(classes) // columns)
-    else:
-        across = len(classes) <= 10
-        order = [index for line in (zip(*table) if across else table) for index in line]
-        rows, columns = (shown, len(classes)) if across else (len(classes), shown)
+    order = [index for line in (zip(*table) if few else table) for index in line]
+
     height, width = images.shape[2:]
     scale = max(1, (192 if len(order) <= 10 else 128) // height)
     cell_w, cell_h, head = width * scale + 8, height * scale + 22, 26
+    rows = min(-(-len(order) // columns), max(1, min(SIDE, PIXELS // (columns * cell_w)) // cell_h))
+    order = order[:rows * columns]
+    if (drawn := len(order) - order.count(None)) < len(images):
+        title += f", {drawn} of {len(images)} images"
     font = ImageFont.load_default(size=12)
-    width_all = max(columns * cell_w, int(font.getlength(title)) + 8) + 8
-    picture = Image.new("RGB", (width_all, rows * cell_h + head + 4), "white")
+    picture_w = max(columns * cell_w, int(font.getlength(title)) + 8) + 8
+    picture = Image.new("RGB", (picture_w, rows * cell_h + head + 4), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((8, 6), title, fill="black", font=font)
     for place, index in enumerate(order):

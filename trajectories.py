@@ -225,5 +225,6 @@ def load_experts(folder, shapes, max_files, max_experts, skip_damaged):
             members += experts[:max_experts]
             records[path] = record
     if any([p.shape for p in snapshot] != shapes for expert in members for snapshot in expert.trajectory):
-        raise ReportedError(f"{folder} holds experts of another architecture: use the --model that made them")
+        raise ReportedError(f"{folder} holds experts of another architecture: use the --model (and --im_size) that "
+                            "made them")
     return Experts(some(members), records)

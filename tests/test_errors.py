@@ -55,7 +55,7 @@ def damaged_data(tiny_folder, tmp_path_factory):
 
 
 COUNTS = {  # flags that count something, and their scripts
-    BOTH: ["--batch_train", "--im_size"],
+    BOTH: ["--batch_train"],
     (EXPERTS,): ["--num_experts", "--train_epochs", "--save_interval"],
     (DISTILLATION,): ["--ipc", "--expert_epochs", "--syn_steps", "--max_start_epoch", "--batch_syn", "--canvas_size",
                       "--canvas_samples", "--num_eval", "--eval_it", "--epoch_eval_train", "--batch_real",
@@ -80,6 +80,8 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--model=ConvNetBN", ["--model=ConvNetBN", "batch normalisation", "take a network with instance"]),
     (DISTILLATION, "--unroll=tesla", ["--unroll", "tesla", "adjoint", "autograd"]),
     (BOTH, "--dataset=MNIST", ["--dataset", "MNIST", "EuroSAT", "ToySAT", "CIFAR10", "CIFAR100", "ImageFolder"]),
+    *((BOTH, f"--im_size={value}", ["--im_size", value, part])
+      for value, part in (("1", "at least 2"), ("5000", "less than 4097"), ("two", "whole number"))),
     (BOTH, "--im_size=32", ["--im_size=32", "EuroSAT", "64 pixels", "--dataset=ImageFolder"]),
     (BOTH, "--dataset=ImageFolder --im_size=4", ["--model=ConvNetW32", "4x4"]),
     (BOTH, "--dataset=ImageFolder --data_path=nowhere", ["--data_path=nowhere", "No such file"]),
@@ -105,6 +107,7 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--Iteration=x", ["--Iteration", "x", "whole number"]),
     (DISTILLATION, "--buffer_path=~no_such_user/buffers", ["replay_buffer_0.pt", "~no_such_user/buffers"]),
     (DISTILLATION, "--ipc=17", ["--ipc=17", "16 training images", "AnnualCrop", "lower it"]),
+    (DISTILLATION, "--dataset=ImageFolder --im_size=48 --eval_mode=A", ["--eval_mode=A", "ResNet18", "32, not 48"]),
     (DISTILLATION, "--eval_mode=Z", ["--eval_mode", "Z", "choose from"]),
     (DISTILLATION, "--pix_init=zeros", ["--pix_init", "zeros", "noise"]),
     (DISTILLATION, "--evaluate=nowhere", ["--evaluate=nowhere", "images_*.pt", "random", "full"]),

@@ -65,6 +65,12 @@ def test_a_step_size_that_is_given_wins_over_the_saved_one(evaluate, saved):
     assert evaluate(f"--evaluate={saved}", "--lr_teacher=0.02", "--num_eval=1")[1]["syn_lr"] == 0.02
 
 
+def test_a_network_that_diverges_is_named(run_here, saved, tmp_path):
+    with pytest.warns(UserWarning, match=r"2 of 2 networks \(ConvNetW32\) diverged in evaluation: α = 1e\+10"):
+        done = run_here(SCRIPT, f"--evaluate={saved}", "--lr_teacher=1e10", f"--log_dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 0
+
+
 def test_evaluations_with_other_settings_do_not_overwrite_each_other(run_here, saved, tmp_path):
     for flags_ in (["--num_eval=1"], ["--num_eval=1", "--eval_mode=M"], ["--num_eval=1", "--seed=1"]):
         done = run_here(SCRIPT, f"--evaluate={saved}", "--epoch_eval_train=1", f"--log_dir={tmp_path}", *flags_,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import urllib.error
@@ -60,7 +61,7 @@ def run_both(run_here, cwd, *flags, ipc=1):
 
 def test_both_scripts_run_on_a_folder_of_pictures(run_here, pictures, tmp_path):
     folder, out = run_both(run_here, tmp_path, "--dataset=ImageFolder", f"--data_path={pictures}", "--im_size=16")
-    assert "30 training, 3 validation, 3 test images" in out and "all 30 training images" in out
+    assert "30 training, 3 validation, 3 test images of 3 classes" in out and "all 30 training images" in out
     assert torch.load(folder / "images_best.pt", weights_only=True).shape == (3, 3, 16, 16)
     assert torch.load(folder / "labels_best.pt", weights_only=True).tolist() == [0, 1, 2]
     assert (tmp_path / "buffers" / "ImageFolder_NO_ZCA" / "ConvNetW32" / "replay_buffer_0.pt").exists()
@@ -93,6 +94,36 @@ def test_pictures_are_normalised_by_the_statistics_of_the_training_images(pictur
     raw = datasets.load_image_folder(pictures, 16)
     split = datasets.split_dataset(raw.labels, 0.1, raw.classes)
     torch.testing.assert_close(data.to_pixels(x), raw.images[split.train] / 255, rtol=0, atol=1e-5)
+
+
+def test_a_channel_that_is_the_same_everywhere_stays_zero(pictures):
+    for path in pictures.rglob("*.png"):
+        red, green, blue = Image.open(path).convert("RGB").split()
+        Image.merge("RGB", [red, green, Image.new("L", blue.size)]).save(path)
+    data = load_data("ImageFolder", pictures, zca=False, val_fraction=0.1, device="cpu", im_size=16)
+    assert data.settings["std"][2] == 1 and not data.train[0][:, 2].any() and data.train[0][:, 0].any()
+
+
+def test_pictures_of_another_test_set_are_other_data(tmp_path):
+    for name in ("a", "b"):
+        fill(tmp_path / "whole", (name,), 6)
+        for index in range(6):
+            to = tmp_path / "parts" / ("train" if index < 4 else "test") / name
+            to.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "whole" / name / f"{index}.png", to)
+    whole, parts = (datasets.load_image_folder(tmp_path / name, 8) for name in ("whole", "parts"))
+    assert whole.num_test is None and parts.num_test == 4
+    assert parts.digest == datasets.data_digest(parts.images, parts.labels, 4)
+    assert parts.digest != datasets.data_digest(parts.images, parts.labels) != whole.digest
+
+
+def test_evaluations_of_other_sizes_do_not_overwrite_each_other(run_here, pictures, tmp_path):
+    for size in (8, 16):
+        done = run_here("distillation.py", "--evaluate=random", "--dataset=ImageFolder", f"--data_path={pictures}",
+                        f"--im_size={size}", "--model=ConvNetD1", "--no-compile", "--num_eval=1",
+                        "--epoch_eval_train=1", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("logged_files/ImageFolder/*/evaluation.json"))) == 2
 
 
 def test_whitening_takes_any_size(pictures):
@@ -131,6 +162,8 @@ def test_what_is_hidden_or_no_picture_is_left_alone(pictures):
     (pictures / "notes.txt").write_text("about these pictures")
     (pictures / "town" / "._0.png").write_bytes(b"attributes")
     (pictures / "town" / "boxes.txt").write_text("0 0 1 1")
+    (pictures / "town" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(pictures / "town" / "1.png", pictures / "town" / ".ipynb_checkpoints")
     again = datasets.load_image_folder(pictures, 16)
     assert again.classes == ("beach", "forest", "town") and again.digest == digest
 
@@ -160,11 +193,34 @@ def damaged(folder):
     (folder / "town" / "0.png").write_bytes((folder / "town" / "0.png").read_bytes()[:100])
 
 
+def a_damaged_header(folder):
+    (folder / "town" / "0.ppm").write_bytes(b"P6\n2x 20\n255\n")
+
+
+def too_large(folder):
+    Image.new("1", (10000, 9000)).save(folder / "town" / "0.png")
+
+
+def linked_to_itself(folder):
+    (folder / "town" / "again").symlink_to(folder / "town")
+
+
+def parts_by_other_names(folder):
+    (folder / "beach").rename(folder / "Train")
+    (folder / "forest").rename(folder / "valid")
+    shutil.rmtree(folder / "town")
+
+
+def no_name(folder):
+    (folder / "town").rename(folder / os.fsdecode(b"caf\xe9"))
+
+
 def too_few(folder):
     for path in list((folder / "town").iterdir())[2:]:
         path.unlink()
 
 
+@pytest.mark.filterwarnings("ignore:Image size")  # Pillow's, beside our error
 @pytest.mark.parametrize("change, message", [
     (shutil.rmtree, "pictures cannot be read .*No such file"),
     (only_one_class, r"holds 1 class folders \(beach\): name the folder in which every class has one"),
@@ -172,7 +228,12 @@ def too_few(folder):
     (other_classes_to_test, "val do not have the 2 class folders of train"),
     (sixteen_bits, r"town/0\.png has more than 8 bits per channel \(mode I;16\); convert it"),
     (damaged, r"town/0\.png cannot be decoded"),
-    (too_few, "class town has only 2 images, too few"),
+    (a_damaged_header, r"town/0\.ppm cannot be decoded"),
+    (too_large, r"town/0\.png is 10000x9000 pixels, more than is safe"),
+    (linked_to_itself, r"town/.*png and town/.*png are one file, by a link: remove one"),
+    (parts_by_other_names, "holds Train, valid, which are no classes: call them train and test"),
+    (no_name, r"caf\\udce9' cannot be printed: rename it"),
+    (too_few, "class town has only 2 images, too few.* add some, or change --val_fraction"),
 ])
 def test_a_folder_that_cannot_be_used_is_refused(pictures, change, message):
     change(pictures)
@@ -195,11 +256,11 @@ def test_experts_of_another_folder_are_refused(run_here, pictures, tmp_path):
 
 @pytest.fixture(params=["CIFAR10", "CIFAR100"])
 def cifar(request, tmp_path, monkeypatch):
-    """A folder with files like those of CIFAR-10 or CIFAR-100, of ten classes; torchvision knows their checksums.
+    """A folder with files like those of CIFAR-10 or CIFAR-100, whose checksums torchvision takes for the right ones.
 
-    Returns the name, the folder and the test images.
+    Returns the name, the folder, the number of classes, and the test images, two of each class.
     """
-    dataset = getattr(torchvision.datasets, request.param)
+    dataset, classes = getattr(torchvision.datasets, request.param), int(request.param.removeprefix("CIFAR"))
     folder, random = tmp_path / "data" / dataset.base_folder, np.random.default_rng(0)
     folder.mkdir(parents=True)
     label_key = "labels" if request.param == "CIFAR10" else "fine_labels"
@@ -211,41 +272,42 @@ def cifar(request, tmp_path, monkeypatch):
     for attribute in ("train_list", "test_list"):
         files = []
         for name, _ in getattr(dataset, attribute):
-            content = {"data": random.integers(0, 256, (100, 3072), np.uint8), label_key: [i % 10 for i in range(100)]}
+            size = 2 * classes if attribute == "test_list" else 4 * classes
+            content = {"data": random.integers(0, 256, (size, 3072), np.uint8),
+                       label_key: [i % classes for i in range(size)]}
             files.append([name, write(name, content)])
         monkeypatch.setattr(dataset, attribute, files)
-    meta = write(dataset.meta["filename"], {dataset.meta["key"]: [f"class {i}" for i in range(10)]})
+    meta = write(dataset.meta["filename"], {dataset.meta["key"]: [f"class {i}" for i in range(classes)]})
     monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": meta})
 
     def offline(*_, **__):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
-    monkeypatch.setitem(datasets.DATASETS, "CIFAR100",
-                        datasets.DataSet(datasets.DATASETS["CIFAR100"].load, datasets.Form(10, 32),
-                                         datasets.CIFAR_MEAN, datasets.CIFAR_STD))
-    return request.param, tmp_path / "data", content["data"].reshape(-1, 3, 32, 32)
+    return request.param, tmp_path / "data", classes, content["data"].reshape(-1, 3, 32, 32)
 
 
 def test_cifar_keeps_its_own_test_set(cifar):
-    name, folder, test_images = cifar
-    data = load_data(name, folder, zca=False, val_fraction=0.1, device="cpu")
-    count = 500 if name == "CIFAR10" else 100
-    assert [len(part[1]) for part in (data.train, data.val, data.test)] == [0.9 * count, 0.1 * count, 100]
+    name, folder, classes, test_images = cifar
+    data = load_data(name, folder, zca=False, val_fraction=0.25, device="cpu")
+    count = 5 * 40 if name == "CIFAR10" else 400
+    assert [len(part[1]) for part in (data.train, data.val, data.test)] == [0.75 * count, 0.25 * count, 2 * classes]
+    assert data.form == (classes, 32)
     torch.testing.assert_close(data.to_pixels(data.test[0]), torch.from_numpy(test_images) / 255, rtol=0, atol=1e-5)
-    assert data.test[1].tolist() == [i % 10 for i in range(100)] and data.classes[3] == "class 3"
+    assert data.test[1].tolist() == [*range(classes)] * 2 and data.classes[3] == "class 3"
     assert data.settings["mean"] == [0.4914, 0.4822, 0.4465] and data.settings["std"] == [0.2023, 0.1994, 0.2010]
 
 
 def test_both_scripts_run_on_cifar(run_here, cifar, tmp_path):
-    name, data_path, _ = cifar
-    folder, _ = run_both(run_here, tmp_path, f"--dataset={name}", f"--data_path={data_path}", "--zca", ipc=2)
-    assert torch.load(folder / "images_zca_best.pt", weights_only=True).shape == (20, 3, 32, 32)
+    name, data_path, classes, _ = cifar
+    folder, _ = run_both(run_here, tmp_path, f"--dataset={name}", f"--data_path={data_path}", "--zca",
+                         "--val_fraction=0.25", ipc=2)
+    assert torch.load(folder / "images_zca_best.pt", weights_only=True).shape == (2 * classes, 3, 32, 32)
     assert json.loads((folder / "results.json").read_text())["data"]["dataset"] == name
 
 
 def test_cifar_that_is_damaged_and_cannot_be_fetched_is_reported(cifar):
-    name, folder, _ = cifar
+    name, folder, *_ = cifar
     path = next(folder.glob("*/test*"))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ReportedError, match=rf"{name} is not in --data_path=.*or is damaged.*no network.*tar\.gz"):

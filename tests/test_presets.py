@@ -22,10 +22,20 @@ def test_the_docs_have_every_preset_as_it_is(name):
     row = re.search(rf"^\| `{name}` \|.*$", DOCS, re.MULTILINE)[0]
     columns, cells = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in (header, row))
     preset = flags_of(f"{PRESETS[name].data} {PRESETS[name].distillation}")
+    assert preset.keys() <= {*columns}
     documented = {column: cell for column, cell in zip(columns[1:], cells[1:]) if cell != "–"}
     of_table = {key: value for key, value in preset.items() if key in columns}
     assert {key: {"yes": "True"}.get(value, value) for key, value in documented.items()} == of_table
     assert len(of_table) >= 8  # ipc, N, M, T⁺, three rates and α
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_experts_of_a_preset_are_long_enough_for_its_segments(name):
+    experts, distillation = flags_of(PRESETS[name].experts), flags_of(PRESETS[name].distillation)
+    last = int(distillation["max_start_epoch"]) - 1 + int(distillation["expert_epochs"])
+    assert last <= int(experts["train_epochs"])
+    if not name.startswith("eurosat"):
+        assert experts == {"num_experts": "100", "train_epochs": "50", "batch_train": "256", "lr_teacher": "0.01"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
