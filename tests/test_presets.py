@@ -50,7 +50,7 @@ def test_a_flag_wins_over_the_preset(run_here, eurosat_folder, buffers, tmp_path
     done = run_here("distillation.py", "--preset=cifar10-10", "--dataset=EuroSAT", f"--data_path={eurosat_folder}",
                     "--model=ConvNetW32", f"--buffer_path={buffers}", "--no-compile", "--max_start_epoch=2",
                     "--zca=False", "--val_fraction=0.1", "--ipc=1", "--Iteration=1", "--num_eval=1",
-                    "--epoch_eval_train=1", "--expert_epochs=1", "--wandb_mode=disabled",
+                    "--epoch_eval_train=1", "--expert_epochs=1", "--lr_lr=1e-8", "--wandb_mode=disabled",
                     "--run_name=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "logged_files" / "EuroSAT" / "run"
