@@ -433,7 +433,8 @@ def summary(data: Data, experts: Experts, state: State, folder):
     if experts.test_accuracies:
         rows.append((f"all {len(data.train[1])} training images", "", "(experts)", Scores([], experts.test_accuracies)))
     table = "\n".join(f"{images:27} {alpha:>8}   {network:12} {scores}" for images, alpha, network, scores in rows)
-    return f"\nBest iteration: {best['iteration']}\n{table}\nFiles: {folder}"
+    return (f"\nBest iteration: {best['iteration']}\n{table}\n"
+            f"Files: {folder} (images_best.pt, curves.png, animation.gif, results.json, ...)")
 
 
 def save_evaluation(folder, it, state: State, data: Data, title, *, tensors, pictures):
@@ -485,7 +486,7 @@ def evaluate_saved(args):
     scores = evaluate_pool(pool, sets, alpha, data=data, runner=runner, prepare=prepare, key=(args.seed, "saved"),
                            epochs=args.epoch_eval_train, batch_train=args.batch_train, batch_real=args.batch_real)
     title = {"full": "training images", "random": "random real images"}.get(args.evaluate, f"images of {args.evaluate}")
-    print(f"{len(sets[0][0])} {title}: {args.num_eval} networks, {args.epoch_eval_train} epochs, α = {alpha:.5f}\n")
+    print(f"{len(sets[0][0])} {title}; networks: {args.num_eval}, epochs: {args.epoch_eval_train}, α = {alpha:.5f}\n")
     print(scores_table(scores, data.classes))
     settings = run_settings(vars(args)) | {"data": data.settings["digest"], "evaluate": args.evaluate, "syn_lr": alpha}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]

@@ -37,7 +37,7 @@ PRESETS = {
     "eurosat-10": Preset("--dataset=EuroSAT", EUROSAT_EXPERTS, "--ipc=10 --syn_steps=20 --expert_epochs=2 "
                          "--max_start_epoch=4 --lr_img=10000 --lr_lr=1e-05 --lr_teacher=0.02"),
     "eurosat-50": Preset("--dataset=EuroSAT", EUROSAT_EXPERTS, "--ipc=50 --syn_steps=20 --expert_epochs=2 "
-                         "--max_start_epoch=6 --lr_img=10000 --lr_lr=1e-05 --lr_teacher=0.02 --batch_syn=100"),
+                         "--max_start_epoch=5 --lr_img=10000 --lr_lr=1e-05 --lr_teacher=0.02 --batch_syn=100"),
     "tiny-1": Preset(TINY, MTT_EXPERTS, "--ipc=1 --syn_steps=10 --expert_epochs=2 --max_start_epoch=10 "
                      "--lr_img=10000 --lr_lr=0.0001 --lr_teacher=0.01"),
     "tiny-10": Preset(TINY, MTT_EXPERTS, "--ipc=10 --syn_steps=20 --expert_epochs=2 --max_start_epoch=40 "
