@@ -516,12 +516,13 @@ def distill(state: State, path, run, evaluate_random_real, evaluate_synthetic, u
     """
     with stop:
         try:
-            if state.losses:
+            if state.seconds:
                 print(f"going on at iteration {len(state.losses)}; to begin anew, remove {path.parent}")
             print(Evaluations.header, flush=True)
             if not state.baselines:
                 evaluate_random_real(state.syn_lr.item())
-            with utils.progress(total=iterations, initial=len(state.losses)) as bar:
+            with utils.progress(total=iterations, initial=len(state.losses), desc="distilling",
+                                unit="iterations") as bar:
                 for it in range(len(state.losses), iterations + 1):
                     stop.check()
                     log = {"Progress": it, "Synthetic_LR": state.syn_lr.item()}
@@ -539,10 +540,11 @@ def distill(state: State, path, run, evaluate_random_real, evaluate_synthetic, u
             best = state.evaluations.best
             if best["iteration"] and len(state.baselines) == 1:  # what of the gain is due to the learned α
                 evaluate_random_real(best["syn_lr"])
-        except Stopped:
+        except Stopped as stopped:
             state.save(path)
             run.finish()
-            raise
+            saved = f"iteration {len(state.losses)} is saved: the same command goes on from there"
+            raise Stopped(stopped.args[0], saved) from None
 
 
 def main():
@@ -612,6 +614,7 @@ def main():
                                     random)
         segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
         loss, *gradients = unroll(*segment, state.image_syn, state.syn_lr, batches)
+        where += f", matching loss {loss.item():.4g}"
         check_finite(where, state.syn_lr, loss=loss, **dict(zip(("∂L/∂images", "∂L/∂α"), gradients)))
         state.step(loss, *gradients)
         check_finite(where, state.syn_lr, images=state.image_syn)
@@ -622,12 +625,14 @@ def main():
             raise ReportedError(f"another process is at work on the run in {folder}: use another --run_name")
         run_id = open_run(folder, settings, flags)
         state.load(folder / CHECKPOINT)
-        if not state.finished:
+        if state.finished:
+            print(f"finished before, at iteration {len(state.losses)}; to run it anew, remove {folder}")
+        else:
             config = settings | {"device": str(device)} | utils.versions()
             run = report.Dashboard(folder, folder.name, config, "Progress", mode=args.wandb_mode,
                                    project=args.wandb_project, entity=args.wandb_entity, run_id=run_id)
-            print(f"{len(state.label_syn)} synthetic images, {len(experts.members)} experts; results in {folder}")
-            print(run.place)
+            print(f"synthetic images: {len(state.label_syn)}, experts: {len(experts.members)}; results in {folder}")
+            print(run.place("the pictures and results.json show the same"))
             distill(state, folder / CHECKPOINT, run, evaluate_random_real, evaluate_synthetic, update,
                     iterations=args.Iteration, eval_it=args.eval_it, checkpoint_every=args.checkpoint_every)
             save_results(folder, settings, data, experts, state)

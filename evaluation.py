@@ -29,6 +29,12 @@ EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` stan
 }
 
 
+def spread(accuracies):
+    """Mean and standard deviation, in percent; of a single network, which has no spread, the former."""
+    deviation = f" ± {np.std(accuracies):6.2%}" if len(accuracies) > 1 else ""
+    return f"{np.mean(accuracies):7.2%}{deviation}" if accuracies else ""
+
+
 @dataclass(frozen=True)
 class Scores:
     """Accuracies, in [0, 1], of the networks of one evaluation; `val` is empty without a validation set.
@@ -41,8 +47,7 @@ class Scores:
     classes: list = field(default_factory=list)
 
     def __str__(self):
-        parts = (f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" if part else "" for part in (self.val, self.test))
-        return "   ".join(f"{part:16}" for part in parts)
+        return "   ".join(f"{spread(part):16}" for part in (self.val, self.test))
 
     @property
     def choice(self):
@@ -154,7 +159,7 @@ def scores_table(scores, classes):
     lines += ["", f"{'test, by class':22} " + "   ".join(f"{network:16}" for network in scores)]
     for label, name in enumerate(classes):
         parts = ([of_classes[label] for of_classes in score.classes] for score in scores.values())
-        lines.append(f"{name:22} " + "   ".join(f"{np.mean(part):7.2%} ± {np.std(part):6.2%}" for part in parts))
+        lines.append(f"{name:22} " + "   ".join(f"{spread(part):16}" for part in parts).rstrip())
     return "\n".join(lines)
 
 

@@ -32,12 +32,12 @@ def parse_args():
     datasets.add_flags(parser)
     utils.add_shared_flags(parser, batch_train=128)
     add = parser.topic("experts")
-    add("--num_experts", type=utils.count, default=100, help="how many experts to train")
-    add("--train_epochs", type=utils.count, default=50, help="epochs of each expert")
-    add("--mom", type=utils.number(float, 0, below=1), default=0.0, help="momentum")
-    add("--l2", type=utils.not_negative, default=0.0, help="weight decay")
+    add("--num_experts", type=utils.count, default=100, metavar="N", help="how many experts to train")
+    add("--train_epochs", type=utils.count, default=50, metavar="EPOCHS", help="epochs of each expert")
+    add("--mom", type=utils.number(float, 0, below=1), default=0.0, metavar="[0,1)", help="momentum")
+    add("--l2", type=utils.not_negative, default=0.0, metavar="RATE", help="weight decay")
     utils.add_flag(add, "--decay", help="a tenth of the learning rate after epoch train_epochs // 2 + 1")
-    add("--save_interval", type=utils.count, default=10, help="experts per file")
+    add("--save_interval", type=utils.count, default=10, metavar="N", help="experts per file")
     return presets.parse_args(parser, "experts")
 
 
@@ -62,7 +62,8 @@ def train_expert(network, logits, data: Data, augment, generator, bar, log, *, e
         for curve, value in zip(curves.values(), (loss, train_accuracy, test_accuracy)):
             curve.append(round(float(value), 6))
         log({"Epoch": epoch + 1} | {key.title(): curve[-1] for key, curve in curves.items()}, step=epoch + 1)
-        bar.set_postfix(loss=f"{loss:.3f}", train=f"{train_accuracy:.1%}", test=f"{test_accuracy:.1%}")
+        bar.set_postfix(loss=f"{loss:.3f}", train=f"{train_accuracy:.1%}", test=f"{test_accuracy:.1%}",
+                        refresh=False)
         if decay and epoch == epochs // 2 + 1:
             optimizer = torch.optim.SGD(network.parameters(), lr=lr * 0.1, momentum=mom, weight_decay=l2)
     return trajectory, curves
@@ -126,7 +127,7 @@ def main():
     print(f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test images of "
           f"{data.form.num_classes} classes; {here} of {args.num_experts} experts are in {folder}", flush=True)
 
-    batches = -(-len(data.train[1]) // args.batch_train)
+    place, batches = "", -(-len(data.train[1]) // args.batch_train)
     while True:
         with claim(folder, settings | training, seeds) as seed:
             if seed is None:
@@ -141,6 +142,7 @@ def main():
                 trajectory, curves = train_expert(network, runner(network), data, augment, generator, bar, run.log,
                                                   **hyperparameters)
             run.finish()
+            place = run.place("the .json beside each trajectory file has the curves")
             expert = {"seed": seed, "seconds": round(time.time() - start, 1)} | curves
             path = folder / f"replay_buffer_{(seed - args.seed) // args.save_interval}.pt"
             with files.locked(folder):
@@ -151,6 +153,8 @@ def main():
     done = experts_in(folder, settings | training).intersection(seeds)
     others = ", others are being trained by other processes" if len(done) < args.num_experts else ""
     print(f"{len(done)} of {args.num_experts} experts are in {folder}{others}")
+    if place:
+        print(place)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What a person sees of a run: pictures, and pages on Weights & Biases."""
 
 import os
+import shutil
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,6 +49,7 @@ def draw_grid(images, labels, title, classes):
     order = order[:rows * columns]
     if (drawn := len(order) - order.count(None)) < len(images):
         title += f", {drawn} of {len(images)} images"
+    title += "; each image in its own range"
     font = ImageFont.load_default(size=12)
     picture_w = max(columns * cell_w, int(font.getlength(title)) + 8) + 8
     picture = Image.new("RGB", (picture_w, rows * cell_h + head + 4), "white")
@@ -175,14 +179,14 @@ class Dashboard:
             warnings.warn(f"wandb failed, going on without: {first_line(error)}")
             self.run = None
 
-    @property
-    def place(self):
-        """Where to look, in a line."""
+    def place(self, instead):
+        """Where to look, in a line; `instead` says where without an account."""
         if not self.run:
             return "no wandb"
         if self.run.settings.mode == "offline":
-            return (f"wandb logs offline; to upload: wandb sync {self.folder}/offline-run-*; without an account, the "
-                    "pictures and results.json show the same")
+            wandb_command = "wandb" if shutil.which("wandb") else Path(sys.executable).with_name("wandb")
+            return (f"wandb logs offline; to upload: {wandb_command} sync {self.folder}/offline-run-*; without an "
+                    f"account, {instead}")
         return f"wandb: {self.run.url or 'disabled'}"
 
     def log(self, values, step):

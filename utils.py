@@ -8,6 +8,7 @@ training and evaluating a network
 import argparse
 import ctypes
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -76,7 +77,10 @@ def keep_freed_memory():
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came, see `Stop`; `run_script` exits with 128 + the signal's number, as shells expect."""
+    """SIGTERM or SIGINT came, see `Stop`; `run_script` exits with 128 + the signal's number, as shells expect.
+
+    Made from that number, and what is saved.
+    """
 
 
 class Stop:
@@ -103,7 +107,7 @@ class Stop:
 
     def check(self):
         if self.signal:
-            raise Stopped(self.signal)
+            raise Stopped(self.signal, "")
 
 
 stop = Stop()  # one for the process, as signal handlers are
@@ -115,6 +119,7 @@ def run_script(main, less_memory):
     `less_memory` says which flags need less of it.
     """
     keep_freed_memory()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of CUDA without a GPU
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         main()
@@ -125,9 +130,9 @@ def run_script(main, less_memory):
             raise
         code, text = 2, f"error: out of memory ({first_line(error)}): {less_memory}"
     except (Stopped, KeyboardInterrupt) as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        name = signal.Signals(number).name
-        code, text = 128 + number, f"stopped by {name}; the same command goes on from what is saved, if anything is"
+        number, saved = error.args or (signal.SIGINT, "")
+        saved = saved or "the same command begins again, or goes on from what an earlier one has saved"
+        code, text = 128 + number, f"stopped by {signal.Signals(number).name}; {saved}"
     else:
         return
     print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
@@ -196,7 +201,7 @@ def add_shared_flags(parser, batch_train):
     add("--model", type=lambda name: ALIASES.get(name, name), default="ConvNet", metavar="NAME",
         help="network: ConvNet (and variants such as ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16")
     add("--lr_teacher", type=positive, default=0.01, metavar="RATE",
-        help="experts' learning rate; for distillation, where α starts")
+        help="experts' learning rate; in distillation.py, where α starts")
     add("--batch_train", type=count, default=batch_train, metavar="IMAGES",
         help="images per batch when training a network")
     add_flag(add, "--dsa", default=True, help="differentiable Siamese augmentation; False: plain augmentation")
@@ -204,7 +209,8 @@ def add_shared_flags(parser, batch_train):
         help="DSA groups, one of which is drawn per batch")
     add = parser.topic("machine")
     add("--seed", type=number(int, 0, below=2**31), default=0, metavar="N", help="everything random follows from it")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="torch device")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME",
+        help="torch device; cuda where there is one")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
         help="torch.compile experts, student and evaluation networks")
     add_flag(add, "--amp", help="experts, student and evaluation networks in bfloat16 (autocast)")
@@ -214,9 +220,28 @@ def add_shared_flags(parser, batch_train):
     add("--wandb_entity", type=wandb_name, metavar="NAME", help="wandb user or team (default: yours)")
 
 
+class LogLines(tqdm):
+    """What a bar shows, as a line a minute: for standard error that is a file."""
+
+    seconds = 60
+
+    def __init__(self, iterable=None, **options):
+        options |= {"mininterval": self.seconds, "maxinterval": self.seconds, "delay": self.seconds, "leave": False}
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
+        super().__init__(iterable, bar_format=line, **options)
+
+    def display(self, msg=None, pos=None):
+        if msg is None:  # else it would clear the bar
+            print(self, file=sys.stderr, flush=True)
+
+    def close(self):
+        self.sp = None  # there is nothing on the screen to take back
+        super().close()
+
+
 def progress(iterable=None, **options):
-    """A progress bar on standard error; none where that is no terminal, so that logs stay readable."""
-    return tqdm(iterable, mininterval=1, disable=None, **options)
+    """A progress bar on standard error; where that is no terminal, a line a minute, so that logs stay readable."""
+    return tqdm(iterable, mininterval=1, **options) if sys.stderr.isatty() else LogLines(iterable, **options)
 
 
 def duration(seconds):

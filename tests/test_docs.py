@@ -37,6 +37,11 @@ def test_every_link_leads_to_a_file_or_a_heading_that_is_there(page):
         assert not anchor or anchor in anchors(linked), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_be_filled_in(page):
+    assert not re.search(r"^[A-Z0-9]{5,}$|\bTODO\b|\bTBD\b", page.read_text(), re.MULTILINE)
+
+
 def test_every_page_and_picture_of_the_docs_is_linked():
     linked = {(page.parent / target.partition("#")[0]).resolve()
               for page in PAGES for target in LINK.findall(page.read_text())}

@@ -246,3 +246,16 @@ def test_an_expert_that_diverges_is_reported_and_not_saved(run_here, expert_flag
     done = run_here(SCRIPT, *flags, cwd=tmp_path)
     assert done.returncode == 2 and "diverged in epoch 1: lower --lr_teacher" in done.stderr
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    list(utils.progress(range(3), desc="first", unit="epochs"))
+    assert capsys.readouterr().err == ""  # within a minute
+    monkeypatch.setattr(utils.LogLines, "seconds", 0)
+    with utils.progress(total=2, desc="second", unit="epochs") as bar:
+        for loss in ("0.5", "0.4"):
+            bar.set_postfix(loss=loss, refresh=False)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("second: 2 of 2 epochs, 00:00") and lines[-1].endswith("left, loss=0.4")
+    assert "\r" not in "".join(lines)

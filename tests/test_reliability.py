@@ -177,7 +177,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_that_very_iteration(start, fin
     process.kill(number)
     assert process.wait() == 128 + number
     last = process.output().splitlines()[-1]
-    assert f"distillation.py: stopped by {number.name}" in last and "the same command goes on" in last
+    assert f"distillation.py: stopped by {number.name}" in last and "is saved: the same command goes on" in last
     assert "Traceback" not in process.output()
     losses = torch.load(folder_of(tmp_path) / "checkpoint.pt", weights_only=True)["losses"]
     out = finish(DISTILLATION, *long, cwd=tmp_path)
@@ -213,6 +213,7 @@ def test_resume_needs_no_other_flags_from_any_folder(start, finish, flags, undis
 def test_a_finished_run_is_only_reported_again(finish, flags, undisturbed):
     before = {path: path.stat().st_mtime_ns for path in folder_of(undisturbed[0]).iterdir()}
     out = finish(DISTILLATION, *flags, cwd=undisturbed[0])
+    assert "finished before, at iteration 9" in out
     assert "Best iteration" in out and "it/s" not in out
     assert {path: path.stat().st_mtime_ns for path in folder_of(undisturbed[0]).iterdir()} == before
 
@@ -535,7 +536,7 @@ def test_a_damaged_trajectory_file_is_named_or_left_out(start, finish, flags, bu
     (line,) = process.output().splitlines()
     assert str(path) in line and part in line and "--skip_damaged" in line and "expert_trajectories.py" in line
     out = finish(DISTILLATION, *these, "--skip_damaged", cwd=tmp_path)
-    assert f"warning: {path} is damaged" in out and "10 synthetic images, 1 experts" in out
+    assert f"warning: {path} is damaged" in out and "synthetic images: 10, experts: 1" in out
 
 
 def test_experts_refuse_a_damaged_file_and_train_again_what_was_in_it(start, finish, train_flags, eight, tmp_path):
