@@ -19,6 +19,7 @@ import torch
 from conftest import history
 from PIL import Image
 
+import datasets
 import files
 import trajectories
 import utils
@@ -570,7 +571,7 @@ def test_a_malicious_checkpoint_is_refused_and_does_not_run(start, flags, undist
 
 def test_a_malicious_cache_is_made_anew_and_does_not_run(finish, train_flags, tiny_folder, malicious, tmp_path):
     data = shutil.copytree(tiny_folder, tmp_path / "data")
-    witness = malicious(data / utils.EUROSAT_CACHE, lambda malice: {"images": malice})
+    witness = malicious(data / datasets.EUROSAT_CACHE, lambda malice: {"images": malice})
     out = finish(EXPERTS, *train_flags, f"--data_path={data}", "--num_experts=1", cwd=tmp_path)
     assert "eurosat_cache.pt cannot be read" in out and not witness.exists()
-    torch.load(data / utils.EUROSAT_CACHE, weights_only=True)
+    torch.load(data / datasets.EUROSAT_CACHE, weights_only=True)
