@@ -179,6 +179,11 @@ def random_real(data: Data, ipc, generator):
     return images[chosen], labels[chosen]
 
 
+def random_real_sets(data: Data, ipc, count, seed):
+    """The baseline: so many draws of `random_real`, which follow from the seed."""
+    return [random_real(data, ipc, utils.make_generator("random real", seed, k)) for k in range(count)]
+
+
 def cut_windows(x, y, samples, side, generator):
     """Texture mode: `samples` random windows, `side` pixels wide, of each canvas (B, 3, H, W), which wraps around, and
     their labels.
@@ -464,8 +469,7 @@ def evaluate_saved(args):
         name, sets = "full", [data.train] * args.num_eval
     elif args.evaluate == "random":
         name = f"random_ipc{args.ipc}"
-        draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
-        sets = [random_real(data, args.ipc, draw) for draw in draws]
+        sets = random_real_sets(data, args.ipc, args.num_eval, args.seed)
     else:
         images, labels, syn_lr = saved
         folder, name = saved_folder(args.evaluate), Path(args.evaluate).resolve().stem
@@ -576,11 +580,10 @@ def main():
     windows, canvas_size = (args.canvas_samples, args.canvas_size) if args.texture else (0, 1)
     state = State(*initial_images(data, args.ipc, args.pix_init, canvas_size, random), args.lr_teacher, random,
                   lr_img=args.lr_img, lr_lr=args.lr_lr, device=device)
-    draws = [utils.make_generator("random real", args.seed, k) for k in range(args.num_eval)]
-    real_sets = [random_real(data, args.ipc, draw) for draw in draws]
+    real_sets = random_real_sets(data, args.ipc, args.num_eval, args.seed)
 
     augment = utils.make_augment(args.dsa, args.dsa_strategy)
-    prepare_student = make_prepare(augment if args.dsa and not args.no_aug else None, windows, form.im_size)
+    prepare = make_prepare(augment if args.dsa and not args.no_aug else None, windows, form.im_size)
     prepare_eval = make_prepare(augment, windows, form.im_size)
     unroll = UNROLLS[args.unroll](student, runner.function)
     evaluated = partial(evaluate_pool, pool, data=data, runner=runner, epochs=args.epoch_eval_train,
@@ -599,22 +602,19 @@ def main():
         save_results(folder, settings, data, experts, state)
         run_title = f"{args.dataset}, {args.model}, images per class: {args.ipc}, seed {args.seed}"
         report.save_curves(folder, run_title, state.losses, state.evaluations.rows, state.baselines)
-        title = f"{args.dataset}, {args.model}, iteration {it}"
         return state.evaluations.log() | save_evaluation(
-            folder, it, state, data, title, tensors=is_best or it % 1000 == 0 or it == args.Iteration,
-            pictures=args.ipc < 50 or args.force_save)
+            folder, it, state, data, f"{args.dataset}, {args.model}, iteration {it}",
+            tensors=is_best or it % 1000 == 0 or it == args.Iteration, pictures=args.ipc < 50 or args.force_save)
 
     def update(it):
         """An iteration of distillation: what wandb logs of it."""
         begin = time.perf_counter()
         expert = int(torch.randint(len(experts.members), (1,), generator=random))
         start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=random))
-        where = f"iteration {it} ({experts.members[expert].name}, start epoch {start_epoch})"
-        batches = synthetic_batches(state.image_syn, state.label_syn, args.syn_steps, args.batch_syn, prepare_student,
-                                    random)
+        batches = synthetic_batches(state.image_syn, state.label_syn, args.syn_steps, args.batch_syn, prepare, random)
         segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
         loss, *gradients = unroll(*segment, state.image_syn, state.syn_lr, batches)
-        where += f", matching loss {loss.item():.4g}"
+        where = f"iteration {it} ({experts.members[expert].name}, start epoch {start_epoch}, matching loss {loss:.4g})"
         check_finite(where, state.syn_lr, loss=loss, **dict(zip(("∂L/∂images", "∂L/∂α"), gradients)))
         state.step(loss, *gradients)
         check_finite(where, state.syn_lr, images=state.image_syn)
@@ -625,9 +625,7 @@ def main():
             raise ReportedError(f"another process is at work on the run in {folder}: use another --run_name")
         run_id = open_run(folder, settings, flags)
         state.load(folder / CHECKPOINT)
-        if state.finished:
-            print(f"finished before, at iteration {len(state.losses)}; to run it anew, remove {folder}")
-        else:
+        if not state.finished:
             config = settings | {"device": str(device)} | utils.versions()
             run = report.Dashboard(folder, folder.name, config, "Progress", mode=args.wandb_mode,
                                    project=args.wandb_project, entity=args.wandb_entity, run_id=run_id)
@@ -637,10 +635,11 @@ def main():
                     iterations=args.Iteration, eval_it=args.eval_it, checkpoint_every=args.checkpoint_every)
             save_results(folder, settings, data, experts, state)
             report.save_animation(folder)
-            run.finish(**state.evaluations.summary(), Total_Seconds=state.elapsed(),
-                       Peak_Memory=utils.peak_memory(device))
+            run.finish(**state.evaluations.summary(state.elapsed(), device))
             state.finished = True
             state.save(folder / CHECKPOINT)
+        else:
+            print(f"finished before, at iteration {len(state.losses)}; to run it anew, remove {folder}")
         print(summary(data, experts, state, folder), flush=True)
 
 

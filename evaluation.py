@@ -204,9 +204,11 @@ class Evaluations:
                             f"Max_{prefix}Std/{network}": np.std(getattr(best, part))}
         return log
 
-    def summary(self):
-        """What wandb's table of runs shows of this one: best and final accuracy, and α then."""
-        summary = {"Best_Iteration": self.best["iteration"]}
+    def summary(self, seconds, device):
+        """What wandb's table of runs shows of a run: what it took, best and final accuracy, and α then."""
+        versions = ", ".join(f"{name} {version}" for name, version in utils.versions().items())
+        summary = {"Best_Iteration": self.best["iteration"], "Total_Seconds": seconds,
+                   "Peak_Memory": utils.peak_memory(device), "Versions": versions}
         for prefix, row in (("Best", self.best), ("Final", self.rows[-1])):
             summary[f"{prefix}_Synthetic_LR"] = row["syn_lr"]
             for network, scores in row["scores"].items():

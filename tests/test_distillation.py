@@ -194,6 +194,7 @@ def test_wandb_knows_axis_settings_and_what_was_reached(whole_run):
     assert summary[f"Final_Accuracy/{MODEL}"] == pytest.approx(record["evaluations"][-1]["scores"][MODEL]["test"][0])
     assert summary["Best_Synthetic_LR"] == best["syn_lr"]
     assert summary["Peak_Memory"] > 10**8 and summary["Total_Seconds"] > 0
+    assert f"torch {torch.__version__}" in summary["Versions"]
 
 
 def test_pictures_on_wandb_are_there_and_say_what_they_show(whole_run):

@@ -72,8 +72,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(run_here, readers_fo
     short = {"expert_trajectories.py": "--num_experts=2 --train_epochs=7 --batch_train=20",
              "distillation.py": "--Iteration=1 --lr_lr=1e-12 --num_eval=1 --epoch_eval_train=1"}
     few = "--val_fraction=0.5 --model=ConvNetD1 --no-compile --wandb_mode=disabled"
-    told = commands(ROOT / "README.md")
-    assert len(told) >= 8
+    told = [*commands(ROOT / "README.md"), *commands(ROOT / "docs" / "hyperparameters.md")]
+    assert len(told) >= 12
     for script, *flags in told:
         more = f"{short[script]} {few}".split()
         if "--resume" in flags:
