@@ -226,16 +226,21 @@ class LogLines(tqdm):
     seconds = 60
 
     def __init__(self, iterable=None, **options):
-        options |= {"mininterval": self.seconds, "maxinterval": self.seconds, "delay": self.seconds, "leave": False}
+        self.last = time.monotonic()
+        options |= {"mininterval": self.seconds, "maxinterval": self.seconds, "leave": False}
         line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
         super().__init__(iterable, bar_format=line, **options)
 
     def display(self, msg=None, pos=None):
-        if msg is None:  # else it would clear the bar
+        if msg is None and time.monotonic() - self.last >= self.seconds:  # tqdm.write asks for it, too, after each text
+            self.last = time.monotonic()
             print(self, file=sys.stderr, flush=True)
 
+    def clear(self, nolock=False):
+        """There is nothing on the screen to take back."""
+
     def close(self):
-        self.sp = None  # there is nothing on the screen to take back
+        self.sp = None  # as above
         super().close()
 
 
