@@ -70,7 +70,7 @@ def readers_folder(zca_folder, tmp_path_factory):
 def test_the_commands_of_the_readme_run_one_after_the_other(run_here, readers_folder):
     """Shortened by further flags, of which the last one counts; on the smallest network and data."""
     short = {"expert_trajectories.py": "--num_experts=2 --train_epochs=7 --batch_train=20",
-             "distillation.py": "--Iteration=1 --lr_lr=1e-12 --num_eval=1 --epoch_eval_train=1"}
+             "distillation.py": "--Iteration=1 --ipc=1 --lr_lr=1e-12 --num_eval=1 --epoch_eval_train=1"}
     few = "--val_fraction=0.5 --model=ConvNetD1 --no-compile --wandb_mode=disabled"
     told = [*commands(ROOT / "README.md"), *commands(ROOT / "docs" / "hyperparameters.md")]
     assert len(told) >= 12
