@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.func import grad, vmap
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 import utils
 from datasets import Data
@@ -123,7 +123,20 @@ def train_together(networks, step, training_sets, syn_lr, *, epochs, batch_size,
         if epoch == epochs // 2 + 1:
             lr, momenta = lr * 0.1, torch.zeros_like(momenta)
     for network, theta in zip(networks, thetas):
-        vector_to_parameters(theta, network.parameters())
+        load_vector(network, theta)
+
+
+@torch.no_grad()
+def load_vector(network, theta):
+    """Copy a vector (P,) into a network's parameters.
+
+    `vector_to_parameters` would make them views of it. Those of a row of (K, P) begin at any multiple of 4 bytes, while
+    the network's compiled forward reads 16 at once, as it may from a parameter's own storage, and does not check: on a
+    GPU, the process would die of a misaligned address.
+    """
+    parameters = list(network.parameters())
+    for parameter, part in zip(parameters, theta.split([p.numel() for p in parameters])):
+        parameter.copy_(part.view(parameter.shape))
 
 
 def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch_size, prepare, generator, name):

@@ -20,6 +20,7 @@ import report
 import utils
 from distillation import check_finite, cut_windows, synthetic_batches
 from evaluation import Evaluations, Scores, sgd_step, train_together
+from networks import ConvNet
 from reparam_module import ReparamModule
 from report import draw_grid
 from trajectories import Expert, Experts
@@ -504,6 +505,17 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other():
         for p, q, r in zip(one.parameters(), other.parameters(), initial.parameters()):
             assert not torch.equal(p, r)
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_networks_trained_together_keep_parameters_aligned_to_16_bytes():
+    images, networks = torch.randn(3, 4, 3, 16, 16), [ConvNet(3, 10, 16, width=4, depth=1) for _ in range(3)]
+    step = partial(sgd_step, ReparamModule(networks[0]))
+    assert sum(p.numel() for p in networks[0].parameters()) % 4  # so that rows of (K, P) are not aligned
+    train_together(networks, step, [(x, torch.arange(4)) for x in images], 0.01, epochs=1, batch_size=4,
+                   prepare=lambda x, y, generator: (x, y), generators=[seeded(k) for k in range(3)], name="")
+    for parameter in (p for network in networks for p in network.parameters()):
+        assert parameter.storage_offset() * parameter.element_size() % 16 == 0
+        assert parameter.data_ptr() % 16 == 0
 
 
 def test_batches_pass_over_all_images_before_any_comes_again():
