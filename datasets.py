@@ -1,12 +1,6 @@
-"""Data sets, read, split and preprocessed: `load_data` does all of it, `form_of` tells what networks must fit.
-
-the data sets: EuroSAT, ToySAT, CIFAR-10 and CIFAR-100, any folder of class folders
-splits
-ZCA, normalisation
-"""
+"""Data sets by name: where each is found, and how it is read."""
 
 import hashlib
-import math
 import os
 import tempfile
 import zipfile
@@ -26,8 +20,8 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 import files
-import utils
-from files import ReportedError, first_line
+from preprocessing import ZCA_EPS, Data, Form, channel_statistics, fit_zca, split_dataset
+from process import ReportedError, first_line, progress
 from toysat import draw_toysat
 
 
@@ -36,13 +30,13 @@ class Images(NamedTuple):
 
     images: torch.Tensor  # uint8 (N, 3, H, H)
     labels: torch.Tensor  # int64 (N,)
-    digest: str  # of both: what tells one data set from another in records
+    digest: str  # tells one data set from another in records
     classes: tuple  # names, by label
-    num_test: int | None = None  # so many of the last images are its official test set; None: it has none
+    num_test: int | None = None  # images of an official test set, which come last
 
 
 def data_digest(images, labels, num_test=None):
-    """What tells one data set from another in records: a hash of its pixels, labels and test set."""
+    """A hash of a data set's pixels, labels and test set."""
     digest = hashlib.sha256(images.numpy())
     digest.update(labels.numpy())
     if num_test is not None:
@@ -50,64 +44,99 @@ def data_digest(images, labels, num_test=None):
     return digest.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Picture files
 
 
-def read_pictures(folder, paths, labels, cache, im_size, *, crop=False, num_test=None):
-    """Picture files as uint8 images (N, 3, im_size, im_size), and the digest of images and `labels` (N,).
+class Listing(NamedTuple):
+    """The picture files of a data set."""
 
-    The first call decodes them in parallel and leaves the file `cache`; it is used as long as no file's name (`paths`,
-    relative to `folder`), size or time changes. Raises ReportedError for a picture that cannot be used.
+    folder: Path
+    paths: list  # relative to the folder
+    labels: list
+    classes: tuple
+    num_test: int | None = None
+
+
+def read_pictures(listing, cache, im_size, crop=False):
+    """`Images` with sides of `im_size` pixels, from picture files or from the file `cache`.
+
+    The cache is used as long as no picture's name, size or time changes. Raises ReportedError for a
+    picture that cannot be used.
     """
-    stats = [(path, (stat := os.stat(folder / path)).st_size, stat.st_mtime_ns) for path in paths]
-    fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
-    cached = files.read_cache(cache, "fingerprint", "images", "digest")
-    if cached and cached["fingerprint"] == fingerprint:
-        return cached["images"], cached["digest"]
-    images = decode_pictures([folder / path for path in paths], im_size, crop)
-    digest = data_digest(images, labels, num_test)
-    files.write_cache(cache, {"fingerprint": fingerprint, "images": images, "digest": digest})
-    return images, digest
+    with files.locked(listing.folder, reader=True):  # one process decodes, others read its cache
+        paths = [listing.folder / path for path in listing.paths]
+        stats = [os.stat(path) for path in paths]
+        known = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(listing.paths, stats)]
+        fingerprint = hashlib.sha256(repr(known).encode()).hexdigest()
+        labels = torch.tensor(listing.labels)
+        cached = files.read_cache(cache, "fingerprint", "images", "digest")
+        if cached and cached["fingerprint"] == fingerprint:
+            images, digest = cached["images"], cached["digest"]
+        else:
+            images = decode_pictures(paths, im_size, crop)
+            digest = data_digest(images, labels, listing.num_test)
+            content = {"fingerprint": fingerprint, "images": images, "digest": digest}
+            files.write_cache(cache, content)
+    return Images(images, labels, digest, listing.classes, listing.num_test)
 
 
 def decode_pictures(paths, im_size, crop):
-    """Decode pictures in parallel threads (the decoder releases Python's lock): uint8 (N, 3, im_size, im_size).
+    """Picture files as uint8 (N, 3, im_size, im_size), decoded in parallel.
 
-    Pictures of another size are scaled to cover that square, and their centre is taken (`crop`), or refused.
+    Those of another size are scaled to cover that square, and their centre is taken (`crop`), or
+    refused with a ReportedError.
     """
     images = torch.empty(len(paths), 3, im_size, im_size, dtype=torch.uint8)
 
     def decode(index):
-        path, fault = paths[index], None
         try:
-            with Image.open(path) as image:  # its size is known before it is decoded: a few bytes can hold gigabytes
-                if image.size != (im_size, im_size) and not crop:
-                    fault = f"is {image.width}x{image.height} pixels, not {im_size}x{im_size}"
-                elif image.width * image.height > Image.MAX_IMAGE_PIXELS:  # of which Pillow itself only warns
-                    fault = f"is {image.width}x{image.height} pixels, more than is safe to decode"
-                elif image.mode.startswith(("I", "F")):
-                    fault = f"has more than 8 bits per channel (mode {image.mode}); convert it"
-                else:
-                    square = ImageOps.fit(image.convert("RGB"), (im_size, im_size), Image.Resampling.BILINEAR)
-                    images[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)  # from (H, W, 3)
-        except Exception as error:  # Pillow raises whatever a damaged file's bytes happen to trigger
+            with Image.open(paths[index]) as image:
+                fault = picture_fault(image, im_size, crop)
+                if not fault:
+                    square = (im_size, im_size)
+                    image = ImageOps.fit(image.convert("RGB"), square, Image.Resampling.BILINEAR)
+                    pixels = torch.from_numpy(np.array(image))  # (H, W, 3)
+                    images[index] = pixels.permute(2, 0, 1)
+        except Exception as error:  # Pillow raises whatever a damaged file's bytes trigger
             fault = f"cannot be decoded ({first_line(error)})"
         if fault:
-            raise ReportedError(f"{path} {fault}: replace it")
+            raise ReportedError(f"{paths[index]} {fault}: replace it")
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in utils.progress(pool.map(decode, range(len(paths))), total=len(paths), desc="decoding pictures",
-                                unit="images"):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders release Python's lock
+        done = pool.map(decode, range(len(paths)))
+        for _ in progress(done, total=len(paths), desc="decoding pictures", unit="images"):
             pass
     return images
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def picture_fault(image, im_size, crop):
+    """Why an opened picture is not taken; None: it is. Nothing is decoded yet."""
+    size = f"is {image.width}x{image.height} pixels"
+    if image.size != (im_size, im_size) and not crop:
+        return f"{size}, not {im_size}x{im_size}"
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a few bytes can hold gigabytes
+        return f"{size}, more than is safe to decode"
+    if image.mode.startswith(("I", "F")):
+        return f"has more than 8 bits per channel (mode {image.mode}); convert it"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
 # EuroSAT
 
-CLASS_NAMES = ("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
-               "Residential", "River", "SeaLake")
+CLASS_NAMES = (
+    "AnnualCrop",
+    "Forest",
+    "HerbaceousVegetation",
+    "Highway",
+    "Industrial",
+    "Pasture",
+    "PermanentCrop",
+    "Residential",
+    "River",
+    "SeaLake",
+)
 IM_SIZE = 64
 EUROSAT_FOLDERS = (".", "2750", "EuroSAT_RGB", "eurosat/2750")
 EUROSAT_ARCHIVES = ("EuroSAT.zip", "EuroSAT_RGB.zip")
@@ -118,166 +147,192 @@ ARCHIVE_LIMIT = 2 * 10**9  # bytes that an archive may unpack to
 def load_eurosat(data_path):
     """All `Images` of EuroSAT below `data_path`, 64×64, sorted by class and name.
 
-    Raises ReportedError where the data cannot be had, is incomplete or damaged.
+    Raises ReportedError where the data cannot be had, or is incomplete or damaged.
     """
-    with files.locked(data_path, reader=True):  # of several processes, one decodes, and the others read its cache
+    with files.locked(data_path, reader=True):  # one process unpacks, others wait for it
         folder = find_eurosat(data_path)
-        of_classes = [list_jpegs(folder, name) for name in CLASS_NAMES]
-        paths = [path for part in of_classes for path in part]
-        labels = torch.tensor([label for label, part in enumerate(of_classes) for _ in part])
-        images, digest = read_pictures(folder, paths, labels, data_path / EUROSAT_CACHE, IM_SIZE)
-        return Images(images, labels, digest, CLASS_NAMES)
+    paths, labels = [], []
+    for label, name in enumerate(CLASS_NAMES):
+        names = list_jpegs(folder, name)
+        paths += names
+        labels += [label] * len(names)
+    listing = Listing(folder, paths, labels, CLASS_NAMES)
+    return read_pictures(listing, data_path / EUROSAT_CACHE, IM_SIZE)
 
 
 def find_eurosat(data_path):
-    """The folder of EuroSAT's class folders below `data_path`; where there is none, unpack an archive or download."""
-
-    def found():
-        for folder in (data_path / name for name in EUROSAT_FOLDERS):
-            if any((folder / name).is_dir() for name in CLASS_NAMES):
-                return folder
-
-    if folder := found():
+    """The folder of EuroSAT's class folders below `data_path`, unpacked or downloaded first."""
+    if folder := class_parent(data_path):
         return folder
     for archive in (data_path / name for name in EUROSAT_ARCHIVES):
         if archive.is_file():
             unpack_eurosat(archive)
-            return found()
+            return class_parent(data_path)
     print(f"EuroSAT is not in {data_path}; downloading it (90 MB)", flush=True)
     try:
         return download_eurosat(data_path)
     except Exception as error:  # torchvision passes on whatever the network raises
         raise ReportedError(
-            f"EuroSAT is not in --data_path={data_path}: looked for class folders ({CLASS_NAMES[0]}, ...) in "
-            f"{', '.join(EUROSAT_FOLDERS)} and for {' or '.join(EUROSAT_ARCHIVES)}, and the download failed ({error}). "
-            "Either unpack the data there, or put the archive there (EuroSAT_RGB.zip from zenodo.org/records/7711810), "
-            "or run once with access to the network.") from None
+            f"EuroSAT is not in --data_path={data_path}: looked for class folders "
+            f"({CLASS_NAMES[0]}, ...) in {', '.join(EUROSAT_FOLDERS)} and for "
+            f"{' or '.join(EUROSAT_ARCHIVES)}, and the download failed ({error}). Either unpack "
+            "the data there, or put the archive there (EuroSAT_RGB.zip from "
+            "zenodo.org/records/7711810), or run once with access to the network."
+        ) from None
+
+
+def class_parent(data_path):
+    """The folder that has class folders, if there is one."""
+    for folder in (data_path / name for name in EUROSAT_FOLDERS):
+        if any((folder / name).is_dir() for name in CLASS_NAMES):
+            return folder
+    return None
 
 
 def download_eurosat(data_path):
-    """Let torchvision fetch and unpack EuroSAT; returns the folder of its class folders, `2750/` in `data_path`."""
+    """Let torchvision fetch and unpack EuroSAT into `2750/` below `data_path`, which it returns."""
     data_path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_path, prefix=".download", suffix=files.TEMPORARY) as temporary:
-        torchvision.datasets.EuroSAT(temporary, download=True)
-        return (Path(temporary) / "eurosat" / "2750").rename(data_path / "2750")  # whole or not at all
+    with scratch_folder(data_path) as scratch:
+        torchvision.datasets.EuroSAT(scratch, download=True)
+        unpacked = Path(scratch) / "eurosat" / "2750"
+        return unpacked.rename(data_path / "2750")  # whole or not at all
+
+
+def scratch_folder(parent):
+    """A temporary folder, which `files.locked` removes where a killed process has left it."""
+    return tempfile.TemporaryDirectory(dir=parent, prefix=".unpack", suffix=files.TEMPORARY)
 
 
 def unpack_eurosat(archive):
-    """Unpack the JPEGs of EuroSAT's class folders, wherever they lie in the archive, into `2750/` beside it."""
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack", suffix=files.TEMPORARY) as temporary:
-        unpacked = Path(temporary) / "2750"
+    """Unpack the JPEGs of EuroSAT's class folders, wherever they are, into `2750/` beside it.
+
+    Raises ReportedError for an archive that is damaged, too large, or another one.
+    """
+    with scratch_folder(archive.parent) as scratch:
+        unpacked = Path(scratch) / "2750"
         unpacked.mkdir()
         try:
             with zipfile.ZipFile(archive) as zipped:
-                members = [member for member in zipped.infolist() if is_jpeg(Path(member.filename).name)]
-                size = sum(member.file_size for member in members)  # more than that, zipfile does not read
-                if size > ARCHIVE_LIMIT:
-                    raise ReportedError(f"{archive} unpacks to {size / 1e9:.0f} GB, EuroSAT to 0.1: fetch it again")
-                for member in utils.progress(members, desc=f"unpacking {archive.name}"):
-                    *_, folder, name = ("", *member.filename.split("/"))  # all else of the path is left out
-                    if folder in CLASS_NAMES:
-                        path = unpacked / folder / name
-                        path.parent.mkdir(exist_ok=True)
-                        path.write_bytes(zipped.read(member))
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # RuntimeError: encrypted
+                unpack_jpegs(zipped, unpacked)
+        # zipfile raises RuntimeError for an encrypted archive.
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
             raise ReportedError(f"{archive} cannot be unpacked ({error}): fetch it again") from None
         if not any(unpacked.iterdir()):
-            raise ReportedError(f"{archive} holds none of EuroSAT's classes: is it the RGB archive?")
-        os.replace(unpacked, archive.parent / "2750")  # in one step, so that no part of it is ever taken for the whole
+            raise ReportedError(
+                f"{archive} holds none of EuroSAT's classes: is it the RGB archive?"
+            )
+        os.replace(unpacked, archive.parent / "2750")  # whole or not at all
+
+
+def unpack_jpegs(zipped, target):
+    """Unpack JPEGs in class folders by their last two names; no other part of a path is used."""
+    members = [m for m in zipped.infolist() if is_jpeg(Path(m.filename).name)]
+    size = sum(member.file_size for member in members)  # zipfile reads no more than that
+    if size > ARCHIVE_LIMIT:
+        raise ReportedError(
+            f"{zipped.filename} unpacks to {size / 1e9:.0f} GB, EuroSAT to 0.1: fetch it again"
+        )
+    for member in progress(members, desc="unpacking EuroSAT", unit="images"):
+        *_, folder, name = ("", *member.filename.split("/"))
+        if folder in CLASS_NAMES:
+            path = target / folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(zipped.read(member))
 
 
 def is_jpeg(name):
-    """Whether a file of this name is an image; macOS leaves `._*.jpg` beside it, which are none."""
+    """Whether a file of this name is an image; macOS leaves `._*.jpg` beside it, which are not."""
     return name.lower().endswith((".jpg", ".jpeg")) and not name.startswith(".")
 
 
 def list_jpegs(folder, name):
     """Sorted paths, relative to `folder`, of the JPEGs of class `name`."""
-    if not (folder / name).is_dir():
-        raise ReportedError(f"class folder {folder / name} is missing: EuroSAT has {len(CLASS_NAMES)}, unpack it again")
-    names = sorted(f"{name}/{entry.name}" for entry in os.scandir(folder / name) if is_jpeg(entry.name))
+    place = folder / name
+    if not place.is_dir():
+        raise ReportedError(
+            f"class folder {place} is missing: EuroSAT has {len(CLASS_NAMES)}, unpack it again"
+        )
+    names = sorted(f"{name}/{entry.name}" for entry in os.scandir(place) if is_jpeg(entry.name))
     if not names:
-        raise ReportedError(f"class folder {folder / name} holds no JPEG: unpack EuroSAT again")
+        raise ReportedError(f"class folder {place} holds no JPEG: unpack EuroSAT again")
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Other data sets
+# --------------------------------------------------------------------------------------------------
+# ToySAT, CIFAR
 
 
 def load_toysat(data_path, per_class=300):
-    """ToySAT, a drawn stand-in for EuroSAT, in the form of `load_eurosat`; `data_path` is not read."""
+    """`Images` of ToySAT, a drawn stand-in for EuroSAT; `data_path` is not read."""
     images, labels = map(torch.from_numpy, draw_toysat(per_class))
-    # A version instead of a digest, since a sine's last bit differs between processors. Raise it with every change of
-    # the drawing, so that experts and caches made before are not taken for those of the new images.
+    # A version in place of a digest, since a sine's last bit differs between processors. Raise it
+    # with every change of the drawing, so that older experts and caches do not fit.
     return Images(images, labels, f"toysat-1-{per_class}", CLASS_NAMES)
 
 
-def write_toysat(folder, per_class, seed=0):
-    """Write ToySAT as JPEGs in class folders below `folder`, shaped like EuroSAT's."""
-    images, labels = map(torch.from_numpy, draw_toysat(per_class, seed))
-    for index, (image, label) in enumerate(zip(images, labels)):
-        path = folder / CLASS_NAMES[label] / f"{CLASS_NAMES[label]}_{index % per_class + 1}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, quality=90)
-
-
 def load_cifar(dataset, data_path):
-    """CIFAR-10 or CIFAR-100, which the torchvision class `dataset` reads, or downloads: `Images`, 32×32.
+    """`Images`, 32×32, of CIFAR-10 or CIFAR-100, as the torchvision class `dataset` reads them.
 
-    torchvision unpickles their files, after it has compared them with the checksums that it knows.
+    torchvision unpickles their files, but compares them with known checksums first. Raises
+    ReportedError where they are missing or damaged, and cannot be downloaded.
     """
+    name = dataset.__name__
     with files.locked(data_path, reader=True):
-        if not any((data_path / name).exists() for name in (dataset.base_folder, dataset.filename)):
-            print(f"{dataset.__name__} is not in {data_path}; downloading it (170 MB)", flush=True)
+        if not any((data_path / part).exists() for part in (dataset.base_folder, dataset.filename)):
+            print(f"{name} is not in {data_path}; downloading it (170 MB)", flush=True)
         try:
             parts = [dataset(data_path, train=train, download=True) for train in (True, False)]
         except Exception as error:  # torchvision passes on whatever the network raises
             raise ReportedError(
-                f"{dataset.__name__} is not in --data_path={data_path}, or is damaged, and the download failed "
-                f"({first_line(error)}). Put {dataset.filename} there ({dataset.url}), or run once with access to the "
-                "network") from None
-    images = torch.from_numpy(np.concatenate([part.data for part in parts])).permute(0, 3, 1, 2).contiguous()
+                f"{name} is not in --data_path={data_path}, or is damaged, and the download failed "
+                f"({first_line(error)}). Put {dataset.filename} there ({dataset.url}), or run once "
+                "with access to the network"
+            ) from None
+    pixels = torch.from_numpy(np.concatenate([part.data for part in parts]))  # (N, H, W, 3)
+    images = pixels.permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor([label for part in parts for label in part.targets])
     num_test = len(parts[1])
-    return Images(images, labels, data_digest(images, labels, num_test), tuple(parts[0].classes), num_test)
+    digest = data_digest(images, labels, num_test)
+    return Images(images, labels, digest, tuple(parts[0].classes), num_test)
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders of pictures
 
 
 def load_image_folder(data_path, im_size):
-    """The pictures of any folder of class folders, as torchvision's ImageFolder takes it: `Images` of this side.
+    """`Images` of any folder of class folders, as torchvision's ImageFolder takes it.
 
-    They are scaled to cover the square, and its centre is taken. Raises ReportedError where a class has none, where one
-    cannot be decoded, or is there twice.
+    They are scaled to cover the square, and its centre is taken. Raises ReportedError where a class
+    has none, and where one cannot be decoded.
     """
     classes, *parts = image_folders(data_path)
     samples = [list_pictures(data_path, part, classes) for part in parts]
     paths, labels = zip(*(sample for part in samples for sample in part))
-    labels, num_test = torch.tensor(labels), len(samples[1]) if len(samples) > 1 else None
-    places = {}
-    for path in paths:
-        if (first := places.setdefault(os.path.realpath(data_path / path), path)) != path:
-            raise ReportedError(f"--data_path={data_path}: {first} and {path} are one file, by a link: remove one")
-    with files.locked(data_path, reader=True):
-        images, digest = read_pictures(data_path, paths, labels, data_path / f"imagefolder_{im_size}_cache.pt", im_size,
-                                       crop=True, num_test=num_test)
-    return Images(images, labels, digest, classes, num_test)
+    num_test = len(samples[1]) if len(samples) > 1 else None
+    listing = Listing(data_path, paths, labels, classes, num_test)
+    cache = data_path / f"imagefolder_{im_size}_cache.pt"
+    return read_pictures(listing, cache, im_size, crop=True)
 
 
 def list_pictures(data_path, part, classes):
-    """Paths relative to `data_path`, and labels, of the pictures in the class folders of its subfolder `part`.
+    """Paths relative to `data_path`, and labels, of the pictures below its subfolder `part`.
 
-    They are sorted by class and path. What is hidden is left out, and what torchvision does not take for a picture.
+    Sorted by class and path. Hidden files, and what torchvision takes for no picture, are left out.
     """
 
     def is_picture(path):
-        hidden = any(name.startswith(".") for name in os.path.relpath(path, data_path / part).split(os.sep))
-        return path.lower().endswith(IMG_EXTENSIONS) and not hidden
+        names = os.path.relpath(path, data_path / part).split(os.sep)
+        is_hidden = any(name.startswith(".") for name in names)
+        return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden
 
     labels_of = {name: label for label, name in enumerate(classes)}
     try:
         samples = make_dataset(data_path / part, labels_of, is_valid_file=is_picture)
-    except FileNotFoundError as error:  # of a class without pictures
-        raise ReportedError(f"{data_path / part}: {first_line(error)} Add pictures, or remove the folder") from None
+    except FileNotFoundError as error:  # a class without pictures
+        raise ReportedError(
+            f"{data_path / part}: {first_line(error)} Add pictures, or remove the folder"
+        ) from None
     return [(os.path.relpath(path, data_path), label) for path, label in samples]
 
 
@@ -285,173 +340,135 @@ PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "
 
 
 def image_folders(data_path):
-    """Class names in an image folder, and the subfolder that has their folders; or that for training and that for
-    testing, where there are train/ and test/, val/ or val/images/ (as in Tiny ImageNet).
+    """Class names, and the subfolder that has their folders, or those for training and for testing.
 
-    Raises ReportedError where there are not two classes, those for training and testing differ, or a name is none.
+    The latter where there are train/ and test/, val/ or val/images/, as in Tiny ImageNet. Raises
+    ReportedError where there are not two classes, and where training and testing differ in them.
     """
-
-    def classes_in(part):
-        try:
-            with os.scandir(data_path / part) as entries:
-                return tuple(sorted(entry.name for entry in entries
-                                    if entry.is_dir() and not entry.name.startswith(".")))
-        except OSError as error:
-            raise ReportedError(f"--data_path={data_path} cannot be read ({first_line(error)})") from None
-
-    classes, parts = classes_in("."), ["."]
+    classes, parts = classes_in(data_path, "."), ["."]
     tests = [part for part in ("test", "val", "val/images") if (data_path / part).is_dir()]
     if "train" in classes and tests:
-        classes = classes_in("train")
-        parts = ["train", *(part for part in tests if classes_in(part) == classes)][:2]
-        if len(parts) < 2:
-            raise ReportedError(f"--data_path={data_path}: {' and '.join(tests)} do not have the {len(classes)} class "
-                                "folders of train: sort the pictures into them, or name train itself, and it is split")
+        classes = classes_in(data_path, "train")
+        alike = [part for part in tests if classes_in(data_path, part) == classes]
+        if not alike:
+            raise ReportedError(
+                f"--data_path={data_path}: {' and '.join(tests)} do not have the {len(classes)} "
+                "class folders of train: sort the pictures into them, or name train itself, and it "
+                "is split"
+            )
+        parts = ["train", alike[0]]
+    names = ", ".join(classes) or "none"
     if classes and all(name.lower() in PARTS for name in classes):
-        raise ReportedError(f"--data_path={data_path} holds {', '.join(classes)}, which are no classes: call them "
-                            "train and test (or val), with a folder per class, or name one of them, and it is split")
-    for name in classes:
-        if not name.isprintable():  # as where it is no UTF-8
-            raise ReportedError(f"--data_path={data_path}: the folder {name!a} cannot be printed: rename it")
+        raise ReportedError(
+            f"--data_path={data_path} holds {names}, which are no classes: call them train and "
+            "test (or val), with a folder per class, or name one of them, and it is split"
+        )
     if len(classes) < 2:
-        found = ", ".join(classes) or "none"
-        raise ReportedError(f"--data_path={data_path} holds {len(classes)} class folders ({found}): name the folder in "
-                            "which every class has one, with its pictures")
+        raise ReportedError(
+            f"--data_path={data_path} holds {len(classes)} class folders ({names}): name the "
+            "folder in which every class has one, with its pictures"
+        )
     return classes, *parts
 
 
-class Form(NamedTuple):
-    """What networks must fit."""
+def classes_in(data_path, part):
+    """The sorted names of the folders in a subfolder, without hidden ones."""
+    try:
+        entries = [entry for entry in os.scandir(data_path / part) if entry.is_dir()]
+    except OSError as error:
+        raise ReportedError(
+            f"--data_path={data_path} cannot be read ({first_line(error)})"
+        ) from None
+    return tuple(sorted(entry.name for entry in entries if not entry.name.startswith(".")))
 
-    num_classes: int
-    im_size: int  # side of the square images in pixels
+
+# --------------------------------------------------------------------------------------------------
+# By name
 
 
 @dataclass(frozen=True)
 class DataSet:
-    load: Callable  # from --data_path, and where `form` is None, --im_size: `Images`
-    form: Form | None  # None: that of the folder
-    mean: list | None  # of each channel, pixels in [0, 1]; None: of the training images
-    std: list | None
+    load: Callable  # from --data_path, and where `form` is None, --im_size, to `Images`
+    form: Form | None = None  # None: that of the folder
+    mean: list | None = None  # of each channel, in [0, 1]; None: of the training images
+    std: list | None = None
 
 
-EUROSAT_MEAN, EUROSAT_STD = [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]
-CIFAR_MEAN, CIFAR_STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]  # MTT's, for both of them
+EUROSAT_STATISTICS = [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]  # ToySAT's are close
+CIFAR_STATISTICS = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]  # MTT's, for both
+load_cifar10 = partial(load_cifar, torchvision.datasets.CIFAR10)
+load_cifar100 = partial(load_cifar, torchvision.datasets.CIFAR100)
+
 DATASETS = {  # --dataset
-    "EuroSAT": DataSet(load_eurosat, Form(10, IM_SIZE), EUROSAT_MEAN, EUROSAT_STD),
-    "ToySAT": DataSet(load_toysat, Form(10, IM_SIZE), EUROSAT_MEAN, EUROSAT_STD),  # its own are close
-    "CIFAR10": DataSet(partial(load_cifar, torchvision.datasets.CIFAR10), Form(10, 32), CIFAR_MEAN, CIFAR_STD),
-    "CIFAR100": DataSet(partial(load_cifar, torchvision.datasets.CIFAR100), Form(100, 32), CIFAR_MEAN, CIFAR_STD),
-    "ImageFolder": DataSet(load_image_folder, None, None, None),
+    "EuroSAT": DataSet(load_eurosat, Form(10, IM_SIZE), *EUROSAT_STATISTICS),
+    "ToySAT": DataSet(load_toysat, Form(10, IM_SIZE), *EUROSAT_STATISTICS),
+    "CIFAR10": DataSet(load_cifar10, Form(10, 32), *CIFAR_STATISTICS),
+    "CIFAR100": DataSet(load_cifar100, Form(100, 32), *CIFAR_STATISTICS),
+    "ImageFolder": DataSet(load_image_folder),
 }
 
 
 def form_of(dataset, data_path, im_size):
-    """The `Form` of a data set, known before its images are read. Raises ReportedError where `im_size` is not its own.
+    """The `Form` of a data set, before its images are read.
+
+    Raises ReportedError where `im_size` (None: not given) is not its own.
     """
     form = DATASETS[dataset].form
     if form is None:
         return Form(len(image_folders(data_path)[0]), im_size or IM_SIZE)
     if im_size not in (None, form.im_size):
-        raise ReportedError(f"--im_size={im_size}: the images of {dataset} have {form.im_size} pixels a side; leave it "
-                            "out, or use --dataset=ImageFolder, which scales")
+        raise ReportedError(
+            f"--im_size={im_size}: the images of {dataset} have {form.im_size} pixels a side; "
+            "leave it out, or use --dataset=ImageFolder, which scales"
+        )
     return form
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Splits
+def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
+    """Load, split and preprocess a data set of `DATASETS`.
 
-TEST_FRACTION = 0.1
-
-
-@dataclass(frozen=True)
-class Split:
-    """Indices into a data set's images, int64."""
-
-    train: torch.Tensor
-    val: torch.Tensor
-    test: torch.Tensor
-
-
-def split_dataset(labels, val_fraction, classes=CLASS_NAMES, num_test=None):
-    """Split by class: TEST_FRACTION, or the last `num_test` images, for testing, then `val_fraction` of the rest.
-
-    It depends on nothing but the labels.
-
-    Raises ReportedError where one of `classes` is too small to have an image in each part.
+    Raises ReportedError where it cannot be had.
     """
-    random = np.random.RandomState(42)  # a frozen stream: NumPy keeps it the same for ever
-    parts = [], [], [np.arange(len(labels) - (num_test or 0), len(labels))]
-    labels = labels.numpy()[:len(labels) - (num_test or 0)]
-    for label, name in enumerate(classes):
-        members = random.permutation(np.flatnonzero(labels == label))
-        num_test_here = 0 if num_test else round(TEST_FRACTION * len(members))
-        num_val = round(val_fraction * (len(members) - num_test_here))
-        num_train = len(members) - num_test_here - num_val
-        if (num_test_here == 0 and not num_test) or (val_fraction > 0 and num_val == 0) or num_train == 0:
-            raise ReportedError(
-                f"class {name} has only {len(members)} images, too few to split "
-                f"{'' if num_test else f'{TEST_FRACTION:.0%} for testing and '}"
-                f"--val_fraction={val_fraction} for validation: add some, or change --val_fraction (0: no validation)")
-        for part, indices in zip(parts, np.split(members, [num_train, num_train + num_val])):
-            part.append(indices)
-    return Split(*(torch.from_numpy(np.sort(np.concatenate(part))) for part in parts))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ZCA, normalisation
-
-ZCA_EPS = 0.1
-
-
-def fit_zca(images, eps=ZCA_EPS):
-    """kornia's ZCAWhitening(eps, compute_inv=True), fitted on float images (N, C, H, W) in [0, 1].
-
-    kornia takes the singular values of the D×D covariance C; here its eigenvectors V and eigenvalues λ are computed,
-    or, where there are fewer images than dimensions, those of the N×N Gram matrix, which has the same λ > 0. Both
-    transforms are written as a multiple of the identity plus a correction on the span of V, so that the null space
-    needs no vectors:
-
-        (C + ε)^{−½} = ε^{−½} I − V diag(λ / (√(λ+ε) √ε (√(λ+ε) + √ε))) Vᵀ
-        (C + ε)^{+½} = ε^{+½} I + V diag(λ / (√(λ+ε) + √ε)) Vᵀ
-    """
-    flat = images.flatten(1)
-    mean = flat.mean(0, keepdim=True)
-    centred = (flat - mean) / math.sqrt(len(flat) - 1)  # (N, D), so that C = centredᵀ centred
-    if len(flat) < flat.shape[1]:
-        eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T)
-        keep = eigenvalues > eigenvalues[-1] * 1e-6  # below: rounding
-        eigenvalues = eigenvalues[keep]
-        vectors = centred.T @ (vectors[:, keep] * eigenvalues.rsqrt())  # (D, rank)
+    source = DATASETS[dataset]
+    form = form_of(dataset, data_path, im_size)
+    raw = source.load(data_path) if source.form else source.load(data_path, form.im_size)
+    split = split_dataset(raw.labels, val_fraction, raw.classes, raw.num_test)
+    settings = {"dataset": dataset, "digest": raw.digest, "val_fraction": val_fraction, "zca": zca}
+    if not source.form:
+        settings["im_size"] = form.im_size
+    whitening = None
+    if zca:
+        settings["zca_eps"] = ZCA_EPS
+        key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
+        with files.locked(data_path, reader=True):  # one process whitens, others read its cache
+            images, whitening = whiten(raw.images, split.train, data_path / f"zca_{key}.pt")
     else:
-        covariance = centred.T @ centred
-        del centred  # 1 GB for EuroSAT
-        eigenvalues, vectors = torch.linalg.eigh(covariance)
-        del covariance
-        eigenvalues = eigenvalues.clamp(min=0)
-    root, root_eps = (eigenvalues + eps).sqrt(), math.sqrt(eps)
-    zca = kornia.enhance.ZCAWhitening(eps=eps, compute_inv=True)
-    zca.mean_vector = mean
-    zca.transform_matrix = (vectors * (-eigenvalues / (root * root_eps * (root + root_eps)))) @ vectors.T
-    zca.transform_matrix.diagonal().add_(1 / root_eps)
-    zca.transform_inv = (vectors * (eigenvalues / (root + root_eps))) @ vectors.T
-    zca.transform_inv.diagonal().add_(root_eps)
-    zca.fitted = True
-    return zca
+        mean, std = source.mean, source.std
+        if mean is None:
+            mean, std = channel_statistics(raw.images[split.train])
+        settings |= {"mean": mean, "std": std}
+        shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        images = raw.images.float().div_(255).sub_(shift).div_(scale)
+    parts = [
+        (images[indices].to(device), raw.labels[indices].to(device))
+        for indices in (split.train, split.val, split.test)
+    ]
+    return Data(*parts, raw.classes, settings, whitening)
 
 
 def whiten(images, train, cache):
-    """ZCA fitted on `images[train]` and applied to all uint8 `images` (N, C, H, W): float32 images, and the transform.
+    """ZCA fitted to `images[train]` and applied to all: float32 images, and the transform.
 
-    Fitting takes minutes at 12,288 dimensions. Both results, 2.5 GB for EuroSAT, are kept in the file `cache` and read
-    back by memory map.
+    images  uint8 (N, C, H, W)
+    cache   a file that keeps both, 2.5 GB for EuroSAT, and is read back by memory map: fitting
+            takes minutes at 12,288 dimensions
     """
     zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
     if cached := files.read_cache(cache, "images", "mean", "transform", "inverse"):
         images, zca.mean_vector, zca.transform_matrix, zca.transform_inv = cached.values()
         zca.fitted = True
         return images, zca
-    size = 4 * images.numel() + 8 * images[0].numel() ** 2  # of the images, and of the transform and its inverse
+    size = 4 * images.numel() + 8 * images[0].numel() ** 2  # the images, and both transforms
     print(f"fitting ZCA on {len(train)} images; kept in {cache} ({size / 1e9:.1f} GB)", flush=True)
     zca = fit_zca(images[train].float().div_(255))
     white = torch.empty(images.shape)
@@ -460,80 +477,3 @@ def whiten(images, train, cache):
     fit = {"mean": zca.mean_vector, "transform": zca.transform_matrix, "inverse": zca.transform_inv}
     files.write_cache(cache, fit | {"images": white})
     return white, zca
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set ready for use: of each part, float32 images (N, 3, H, H) and int64 labels (N,), on one device."""
-
-    train: tuple[torch.Tensor, torch.Tensor]
-    val: tuple[torch.Tensor, torch.Tensor]
-    test: tuple[torch.Tensor, torch.Tensor]
-    classes: tuple  # names, by label
-    settings: dict  # what experts and distillation must have in common
-    zca: kornia.enhance.ZCAWhitening | None
-
-    @property
-    def form(self):
-        return Form(len(self.classes), self.train[0].shape[-1])
-
-    def to_pixels(self, images):
-        """Undo the preprocessing: images (B, 3, H, W) on the CPU, [0, 1] where they are real ones."""
-        if self.zca:
-            return self.zca.inverse_transform(images.cpu())
-        shift, scale = (torch.tensor(self.settings[name]).view(3, 1, 1) for name in ("mean", "std"))
-        return images.cpu() * scale + shift
-
-
-def channel_statistics(images):
-    """Mean and standard deviation of each channel of uint8 images (N, 3, H, H), pixels in [0, 1], the same everywhere.
-    """
-    counts = torch.zeros(3, 256, dtype=torch.float64)  # of each value: whole numbers, whose sums are exact
-    for part in images.split(2048):
-        counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in part.transpose(0, 1)])
-    share, values = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
-    mean = share @ values.double()
-    std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
-    std[std == 0] = 1  # of a channel that is the same everywhere, and stays 0
-    return [[round(value, 6) for value in part.tolist()] for part in (mean, std)]
-
-
-def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
-    """Load, split and preprocess a data set of `DATASETS`; raises ReportedError where it cannot be had."""
-    known, form = DATASETS[dataset], form_of(dataset, data_path, im_size)
-    raw = known.load(data_path) if known.form else known.load(data_path, form.im_size)
-    split = split_dataset(raw.labels, val_fraction, raw.classes, raw.num_test)
-    settings = {"dataset": dataset, "digest": raw.digest, "val_fraction": val_fraction, "zca": zca}
-    if not known.form:
-        settings["im_size"] = form.im_size
-    if zca:
-        settings["zca_eps"] = ZCA_EPS
-        key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
-        with files.locked(data_path, reader=True):  # of several processes, one whitens, and the others read its cache
-            images, whitening = whiten(raw.images, split.train, data_path / f"zca_{key}.pt")
-    else:
-        mean, std = (known.mean, known.std) if known.mean else channel_statistics(raw.images[split.train])
-        settings |= {"mean": mean, "std": std}
-        shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-        images, whitening = raw.images.float().div_(255).sub_(shift).div_(scale), None
-    parts = [(images[indices].to(device), raw.labels[indices].to(device))
-             for indices in (split.train, split.val, split.test)]
-    return Data(*parts, raw.classes, settings, whitening)
-
-
-def add_flags(parser):
-    """The flags that say which data, and how they are prepared."""
-    add = parser.topic("data")
-    add("--dataset", choices=list(DATASETS), default="EuroSAT",
-        help="ToySAT: a drawn stand-in for trying things out; ImageFolder: any folder of class folders of pictures")
-    add("--data_path", type=utils.expanded_path, default=Path("data"), metavar="DIR",
-        help="folder of the data set and of its caches")
-    add("--im_size", type=utils.number(int, 2, below=4097), metavar="PIXELS",
-        help=f"with --dataset=ImageFolder: side that its pictures are scaled to (default: {IM_SIZE})")
-    utils.add_flag(add, "--zca", help="ZCA whitening instead of normalisation by channel")
-    add("--val_fraction", type=utils.number(float, 0, below=1), default=0.1, metavar="[0,1)",
-        help="part of the training images kept to choose the best iteration; 0: choose on the test set, as MTT does")

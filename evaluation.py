@@ -1,20 +1,31 @@
-"""Evaluation: fresh networks are trained on a synthetic set, and tested on real images."""
+"""Evaluation: fresh networks are trained on a small set of images and tested on real ones."""
 
+import hashlib
+import json
+import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
+import datasets
+import files
+import process
+import report
 import utils
-from datasets import Data
-from files import ReportedError
+from preprocessing import Data, random_real
+from process import ReportedError, first_line, stop
 from reparam_module import ReparamModule
-from utils import stop
+from scores import Scores, to_json
+from utils import Augment, Compiler
+
+# --------------------------------------------------------------------------------------------------
+# The evaluator
 
 EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` standing for --model
     "S": ("model",),
@@ -29,224 +40,379 @@ EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` stan
 }
 
 
-def spread(accuracies):
-    """Mean and standard deviation, in percent; of a single network, which has no spread, the former."""
-    deviation = f" ± {np.std(accuracies):6.2%}" if len(accuracies) > 1 else ""
-    return f"{np.mean(accuracies):7.2%}{deviation}" if accuracies else ""
+def make_pool(mode, model, form, compiler, device):
+    """The networks of --eval_mode, by name, each with the step that trains several at once.
+
+    Raises ReportedError where one of them does not take images of this `datasets.Form`.
+    """
+    names = dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode])
+    try:
+        return {name: make_sgd_step(name, form, compiler, device) for name in names}
+    except ReportedError as error:
+        raise ReportedError(f"--eval_mode={mode}: {error}") from None
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Accuracies, in [0, 1], of the networks of one evaluation; `val` is empty without a validation set.
+class Evaluator:
+    """`evaluator(images, labels, syn_lr, key)` trains fresh networks, and gives their `Scores`."""
 
-    `classes` has the test accuracies in each class, a list for every network.
-    """
+    data: Data
+    pool: dict  # as of `make_pool`
+    num_eval: int  # networks of each name
+    epochs: int
+    batch_train: int
+    batch_real: int
+    augment: Augment
+    compiler: Compiler
 
-    val: list
-    test: list
-    classes: list = field(default_factory=list)
+    def __call__(self, images, labels, syn_lr, key):
+        """Scores by the network's name.
 
-    def __str__(self):
-        return "   ".join(f"{spread(part):16}" for part in (self.val, self.test))
+        images  (N, 3, H, H), or (num_eval, N, 3, H, H): other ones for each network
+        labels  (N,)
+        syn_lr  α, the learning rate to train with
+        key     of all that is random: initial weights, order of the images, augmentation
+        """
+        if images.dim() == 4:
+            images = images.expand(self.num_eval, *images.shape)
+        return {name: self.evaluate(name, images, labels, syn_lr, key) for name in self.pool}
 
-    @property
-    def choice(self):
-        """What the best iteration is chosen by: the validation set; where there is none, the test set (MTT's rule)."""
-        return np.mean(self.val or self.test)
+    def evaluate(self, name, images, labels, syn_lr, key):
+        """`Scores` of the networks called `name`."""
+        form, device = self.data.form, images.device
+        keys = [("evaluation", *key, name, index) for index in range(self.num_eval)]
+        generators = [utils.make_generator(*key) for key in keys]
+        networks = [utils.initial_network(name, form, random, device) for random in generators]
+        forwards = [self.compiler(network) for network in networks]
+        if step := self.pool[name]:
+            self.train_together(step, networks, images, labels, syn_lr, generators)
+        else:
+            for *network, x, random in zip(networks, forwards, images, generators):
+                self.evaluate_synset(*network, x, labels, syn_lr, random)
+
+        warn_of_diverged(name, networks, syn_lr)
+        parts = []
+        for part in (self.data.val, self.data.test):
+            tested = zip(networks, forwards) if len(part[1]) else ()
+            parts.append([utils.accuracy(*pair, *part, self.batch_real) for pair in tested])
+        val, test = parts
+        return Scores(
+            [total for total, _ in val],
+            [total for total, _ in test],
+            [of_classes for _, of_classes in test],
+        )
+
+    def evaluate_synset(self, network, forward, images, labels, syn_lr, generator):
+        """Train a fresh network on images (N, 3, H, H), as MTT's evaluation does.
+
+        `epochs` + 1 epochs of SGD at `syn_lr`, momentum 0.9 and weight decay 5e-4; after epoch
+        `epochs // 2 + 1`, a tenth of the rate and a fresh optimiser.
+        """
+        optimizer = fresh_sgd(network, syn_lr)
+        for epoch in process.progress(range(self.epochs + 1), desc="evaluation", unit="epochs"):
+            stop.check()
+            batches = self.draw_epoch(images, generator)
+            utils.train_epoch(forward, optimizer, images, labels, self.augment, batches)
+            if epoch == self.epochs // 2 + 1:
+                optimizer = fresh_sgd(network, syn_lr * 0.1)
+
+    def train_together(self, step, networks, images, labels, syn_lr, generators):
+        """What `evaluate_synset` does, for K networks at once, each with draws of its own.
+
+        `step` is `sgd_step` for these networks; images (K, N, 3, H, H).
+        """
+        thetas = torch.stack([parameters_to_vector(n.parameters()) for n in networks]).detach()
+        momenta = torch.zeros_like(thetas)  # (K, P), as the parameters
+        rate = torch.tensor(syn_lr, device=thetas.device)
+        for epoch in process.progress(range(self.epochs + 1), desc="evaluation", unit="epochs"):
+            stop.check()
+            of_networks = [self.draw_epoch(x, g) for x, g in zip(images, generators)]
+            for batches in zip(*of_networks):
+                made = [self.augment(x, batch, labels) for x, batch in zip(images, batches)]
+                x, y = (torch.stack(part) for part in zip(*made))
+                thetas, momenta = step(thetas, momenta, x, y, rate)
+            if epoch == self.epochs // 2 + 1:
+                rate = rate * 0.1
+                momenta = torch.zeros_like(momenta)
+        for network, theta in zip(networks, thetas):
+            load_vector(network, theta)
+
+    def draw_epoch(self, images, generator):
+        """The batches of an epoch on images (N, 3, H, H)."""
+        batches = utils.draw_batches(len(images), self.batch_train, None, self.augment, generator)
+        return utils.to_device(batches, images.device)
 
 
-def evaluate(model, training_sets, syn_lr, data: Data, runner, prepare, key, *, step, epochs, batch_train, batch_real):
-    """Train a fresh `model` on each of `training_sets`, pairs of images and labels, and test it on real images.
-
-    Initial weights and augmentation follow from `key`, not from what ran before. With a `step` of
-    `make_sgd_step`, all networks are trained together.
-    """
-    generators = [utils.make_generator("evaluation", *key, model, index) for index in range(len(training_sets))]
-    networks = [utils.initial_network(model, data.form, generator, data.test[0].device) for generator in generators]
-    runs = [runner(network) for network in networks]
-    settings = {"epochs": epochs, "batch_size": batch_train, "prepare": prepare}
-    if step:
-        train_together(networks, step, training_sets, syn_lr, generators=generators, name=f"evaluation, {model}",
-                       **settings)
-    else:
-        for index, (network, logits, generator) in enumerate(zip(networks, runs, generators)):
-            evaluate_synset(network, logits, *training_sets[index], syn_lr, generator=generator,
-                                  name=f"evaluation {index + 1}/{len(networks)}, {model}", **settings)
-    diverged = sum(not all(p.isfinite().all() for p in network.parameters()) for network in networks)
-    if diverged:
-        warnings.warn(f"{diverged} of {len(networks)} networks ({model}) diverged in evaluation: α = {syn_lr:.4g} is "
-                      "too large for them; they count with what guessing is worth")
-    val, test = ([utils.accuracy(network, logits, *part, batch_real) for network, logits in zip(networks, runs)]
-                 if len(part[1]) else [] for part in (data.val, data.test))
-    return Scores([total for total, _ in val], [total for total, _ in test], [classes for _, classes in test])
+def make_evaluator(args, data, pool, compiler):
+    """The evaluator that the flags describe; it sees synthetic images as augmented canvases."""
+    groups = utils.augment_groups(args.dsa, args.dsa_strategy)
+    return Evaluator(
+        data=data,
+        pool=pool,
+        num_eval=args.num_eval,
+        epochs=args.epoch_eval_train,
+        batch_train=args.batch_train,
+        batch_real=args.batch_real,
+        augment=Augment(data.form.im_size, groups, args.canvas_samples if args.texture else 0),
+        compiler=compiler,
+    )
 
 
-def make_sgd_step(model, form, runner, device):
-    """`sgd_step` for networks called `model`; None where they are to be trained one after the other.
+def of_real_images(evaluator):
+    """The same evaluator for real images, which are no canvases."""
+    return replace(evaluator, augment=replace(evaluator.augment, windows=0))
 
-    That is on a CPU, which has nothing to gain from larger kernels and was a quarter slower with them, and with batch
+
+def random_real_sets(data, ipc, count, seed):
+    """`count` draws of `random_real`: images (count, ipc * classes, 3, H, H), labels of one."""
+    generators = (utils.make_generator("random real", seed, k) for k in range(count))
+    draws = [random_real(data, ipc, generator) for generator in generators]
+    return torch.stack([images for images, _ in draws]), draws[0][1]
+
+
+def random_real_baseline(evaluator, ipc, syn_lr, seed):
+    """An evaluation of `ipc` random real images per class, others for each network."""
+    images, labels = random_real_sets(evaluator.data, ipc, evaluator.num_eval, seed)
+    scores = of_real_images(evaluator)(images, labels, syn_lr, (seed, "random real"))
+    return {"syn_lr": syn_lr, "scores": scores}
+
+
+def fresh_sgd(network, rate):
+    return torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
+
+
+def make_sgd_step(model, form, compiler, device):
+    """`sgd_step` for networks called `model`; None where they are trained one after the other.
+
+    That is on a CPU, where larger kernels gain nothing (they were a quarter slower), and with batch
     statistics, which are no part of the parameters.
     """
     network = utils.initial_network(model, form, utils.make_generator(0), device)
     if device.type != "cuda" or any(True for _ in network.buffers()):
         return None
-    return runner.function(partial(sgd_step, ReparamModule(network, runner.amp)))
+    return compiler.function(partial(sgd_step, ReparamModule(network, compiler.amp)))
 
 
-def sgd_step(module, thetas, momenta, x, y, lr):
-    """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks at once, which share every kernel.
+def sgd_step(module, thetas, momenta, x, y, rate):
+    """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks that share every kernel.
 
-    thetas, momenta  parameters of ReparamModule `module` and their momenta, (K, P), of which new ones are returned
-    x, y, lr         images (K, B, C, H, W), labels (K, B), learning rate ()
+    thetas, momenta  parameters of ReparamModule `module`, and their momenta, (K, P)
+    x, y, rate       images (K, B, C, H, W), labels (K, B), learning rate ()
+
+    Returns the new parameters and momenta.
     """
 
     def loss(theta, x, y):
         return F.cross_entropy(module(x, theta), y)
 
     momenta = 0.9 * momenta + vmap(grad(loss))(thetas, x, y) + 5e-4 * thetas
-    return thetas - lr * momenta, momenta
-
-
-def train_together(networks, step, training_sets, syn_lr, *, epochs, batch_size, prepare, generators, name):
-    """What `evaluate_synset` does, for K networks at once, each with its own training set, generator and draws.
-
-    The training sets must be of one size.
-    """
-    thetas = torch.stack([parameters_to_vector(network.parameters()) for network in networks]).detach()  # (K, P)
-    momenta, lr = torch.zeros_like(thetas), torch.tensor(syn_lr, device=thetas.device)
-    for epoch in utils.progress(range(epochs + 1), desc=name, unit="epochs", leave=False):
-        stop.check()
-        of_each = [utils.shuffled_batches(*training_set, batch_size, prepare, generator)
-                   for training_set, generator in zip(training_sets, generators)]
-        for batches in zip(*of_each):
-            thetas, momenta = step(thetas, momenta, *(torch.stack(part) for part in zip(*batches)), lr)
-        if epoch == epochs // 2 + 1:
-            lr, momenta = lr * 0.1, torch.zeros_like(momenta)
-    for network, theta in zip(networks, thetas):
-        load_vector(network, theta)
+    return thetas - rate * momenta, momenta
 
 
 @torch.no_grad()
 def load_vector(network, theta):
     """Copy a vector (P,) into a network's parameters.
 
-    `vector_to_parameters` would make them views of it. Those of a row of (K, P) begin at any multiple of 4 bytes, while
-    the network's compiled forward reads 16 at once, as it may from a parameter's own storage, and does not check: on a
-    GPU, the process would die of a misaligned address.
+    `vector_to_parameters` would make them views of it. Those of a row of (K, P) begin at any
+    multiple of 4 bytes, while the network's compiled forward reads 16 at once, as it may from a
+    parameter's own storage, and does not check: on a GPU the process would die of a misaligned
+    address.
     """
     parameters = list(network.parameters())
     for parameter, part in zip(parameters, theta.split([p.numel() for p in parameters])):
         parameter.copy_(part.view(parameter.shape))
 
 
-def evaluate_synset(network, logits, image_syn, label_syn, syn_lr, epochs, batch_size, prepare, generator, name):
-    """Train a fresh network on a synthetic set, as MTT's evaluation does, under a progress bar called `name`.
+def warn_of_diverged(name, networks, syn_lr):
+    diverged = sum(
+        not all(p.isfinite().all() for p in network.parameters()) for network in networks
+    )
+    if diverged:
+        warnings.warn(
+            f"{diverged} of {len(networks)} networks ({name}) diverged in evaluation: "
+            f"α = {syn_lr:.4g} is too large for them; they count as guessing"
+        )
 
-    `epochs` + 1 epochs of SGD at `syn_lr` with momentum 0.9 and weight decay 5e-4; after epoch `epochs // 2 + 1`, a
-    tenth of the rate and a fresh optimiser.
+
+# --------------------------------------------------------------------------------------------------
+# Saved sets
+
+
+def save_set(folder, tags, image_syn, label_syn, syn_lr, data: Data):
+    """Write images, labels and α as bare tensors, once for each of `tags`.
+
+    images_{tag}.pt and labels_{tag}.pt are what MTT's tools read.
     """
-    optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr, momentum=0.9, weight_decay=5e-4)
-    for epoch in utils.progress(range(epochs + 1), desc=name, unit="epochs", leave=False):
-        stop.check()
-        utils.train_epoch(logits, optimizer, image_syn, label_syn, batch_size, prepare, generator)
-        if epoch == epochs // 2 + 1:
-            optimizer = torch.optim.SGD(network.parameters(), lr=syn_lr * 0.1, momentum=0.9, weight_decay=5e-4)
+    tensors = {"images": image_syn, "labels": label_syn, "syn_lr": syn_lr}
+    if data.zca:
+        tensors["images_zca"] = data.to_pixels(image_syn)
+    for name, tensor in tensors.items():
+        bare = tensor.detach().cpu().clone()
+        for tag in tags:
+            files.write_tensors(folder / f"{name}_{tag}.pt", bare)
 
 
-def make_pool(mode, model, form, runner, device):
-    """The networks that --eval_mode evaluates on, each once: names, and the `step` to train them with.
+def is_saved(what):
+    """Whether --evaluate names a saved set."""
+    return what not in (None, "random", "full")
 
-    Raises ReportedError where one of them does not take images of this `datasets.Form`.
-    """
-    names = dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode])
+
+def saved_folder(what):
+    """The folder of a saved set, which is named itself, or by one of its files."""
+    path = Path(what).expanduser()
+    return path if path.is_dir() else path.parent
+
+
+def read_tensor(what, name):
+    """One of a saved set's "images", "labels", "syn_lr"; None where there is no such file."""
+    path = Path(what).expanduser()
+    path = path / "images_best.pt" if path.is_dir() else path
+    path = path.with_name(path.name.replace("images", name, 1))
     try:
-        return {name: make_sgd_step(name, form, runner, device) for name in names}
-    except ReportedError as error:
-        raise ReportedError(f"--eval_mode={mode}: {error}") from None
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
+        raise ReportedError(f"--evaluate: {path} cannot be read ({first_line(error)})") from None
 
 
-def scores_table(scores, classes):
-    """Lines for scores by network: in all, and in each of the `classes` (names)."""
-    lines = [f"{'network':22} {'validation':^16}   {'test':^16}"]
-    lines += [f"{network:22} {score}" for network, score in scores.items()]
-    lines += ["", f"{'test, by class':22} " + "   ".join(f"{network:16}" for network in scores)]
-    for label, name in enumerate(classes):
-        parts = ([of_classes[label] for of_classes in score.classes] for score in scores.values())
-        lines.append(f"{name:22} " + "   ".join(f"{spread(part):16}" for part in parts).rstrip())
-    return "\n".join(lines)
+def saved_step_size(what):
+    """The α of a saved set; None where it is not saved, as by MTT.
+
+    Raises ReportedError where the file holds something else.
+    """
+    syn_lr = read_tensor(what, "syn_lr")
+    if syn_lr is None:
+        return None
+    is_scalar = isinstance(syn_lr, torch.Tensor) and syn_lr.numel() == 1
+    if not (is_scalar and 0 < syn_lr < math.inf):
+        raise ReportedError(
+            f"--evaluate: the syn_lr_*.pt beside {what} holds no step size, a positive number"
+        )
+    return float(syn_lr)
 
 
-def evaluate_pool(pool, training_sets, syn_lr, *args, **settings):
-    """Scores of each network of a `make_pool`; see `evaluate`."""
-    return {name: evaluate(name, training_sets, syn_lr, *args, step=step, **settings) for name, step in pool.items()}
+def load_set(what, form):
+    """Images and labels of a saved set, MTT's as well.
+
+    Raises ReportedError where they are missing, or do not fit this `datasets.Form`.
+    """
+    images, labels = read_tensor(what, "images"), read_tensor(what, "labels")
+    if images is None or labels is None:
+        raise ReportedError(
+            f"--evaluate={what}: images_*.pt or labels_*.pt is not there; name a run's folder, or "
+            "an images_*.pt with labels_*.pt beside it, or random or full"
+        )
+    if not (is_image_set(images, form) and is_label_set(labels, images, form)):
+        size, last = form.im_size, form.num_classes - 1
+        raise ReportedError(
+            f"--evaluate: {what} holds no synthetic images of these classes: (N, 3, {size}, {size})"
+            f" float32, finite, and labels (N,) int64 from 0 to {last}"
+        )
+    return images, labels
 
 
-class Evaluations:
-    """All evaluations of a run, oldest first, and which of them is the best (on average over the networks)."""
-
-    header = f"{'iteration':>9} {'network':12} {'validation':^16}   {'test':^16}   {'α':>8}  {'loss':>6}  {'time':>8}"
-
-    def __init__(self, rows=()):
-        self.rows = list(rows)
-
-    @property
-    def best(self):
-        return max(self.rows, key=lambda row: mean_choice(row["scores"]))  # the first, where several are
-
-    def has(self, iteration):
-        return any(row["iteration"] == iteration for row in self.rows)
-
-    def add(self, iteration, scores, syn_lr, losses, seconds):
-        """Take an evaluation; of `losses`, one per iteration, the mean since the last one is kept. True: a new best."""
-        recent = losses[self.rows[-1]["iteration"] if self.rows else 0:]
-        loss = float(np.mean(recent)) if recent else None  # before the first iteration there is none
-        self.rows.append({"iteration": iteration, "syn_lr": syn_lr, "loss": loss, "seconds": round(seconds, 1),
-                          "scores": scores})
-        return self.best is self.rows[-1]
-
-    def log(self):
-        """The wandb keys of the latest evaluation; `Loss` is the mean of the iterations since the one before."""
-        log = {} if self.rows[-1]["loss"] is None else {"Loss": self.rows[-1]["loss"]}
-        for network, scores in self.rows[-1]["scores"].items():
-            best = max((row["scores"][network] for row in self.rows), key=lambda scores: scores.choice)
-            for prefix, part in (("", "test"), ("Validation_", "val")):
-                if getattr(scores, part):
-                    log |= {f"{prefix}Accuracy/{network}": np.mean(getattr(scores, part)),
-                            f"{prefix}Std/{network}": np.std(getattr(scores, part)),
-                            f"Max_{prefix}Accuracy/{network}": np.mean(getattr(best, part)),
-                            f"Max_{prefix}Std/{network}": np.std(getattr(best, part))}
-        return log
-
-    def summary(self, seconds, device):
-        """What wandb's table of runs shows of a run: what it took, best and final accuracy, and α then."""
-        versions = ", ".join(f"{name} {version}" for name, version in utils.versions().items())
-        summary = {"Best_Iteration": self.best["iteration"], "Total_Seconds": seconds,
-                   "Peak_Memory": utils.peak_memory(device), "Versions": versions}
-        for prefix, row in (("Best", self.best), ("Final", self.rows[-1])):
-            summary[f"{prefix}_Synthetic_LR"] = row["syn_lr"]
-            for network, scores in row["scores"].items():
-                summary[f"{prefix}_Accuracy/{network}"] = np.mean(scores.test)
-                summary[f"{prefix}_Std/{network}"] = np.std(scores.test)
-        return summary
-
-    def table(self):
-        """Lines for the latest evaluation, one per network."""
-        row = self.rows[-1]
-        loss = "" if row["loss"] is None else f"{row['loss']:6.4f}"
-        time = utils.duration(row["seconds"])
-        return "\n".join(f"{row['iteration']:9d} {network:12} {scores}   {row['syn_lr']:8.5f}  {loss:>6}  {time:>8}"
-                         for network, scores in row["scores"].items())
+def is_image_set(images, form):
+    if not (isinstance(images, torch.Tensor) and images.dtype == torch.float32):
+        return False
+    if images.dim() != 4 or not len(images) or images.shape[1] != 3:
+        return False
+    height, width = images.shape[2:]
+    return height == width >= form.im_size and bool(images.isfinite().all())
 
 
-def mean_choice(scores):
-    return np.mean([score.choice for score in scores.values()])
+def is_label_set(labels, images, form):
+    if not (isinstance(labels, torch.Tensor) and labels.dtype == torch.int64):
+        return False
+    return labels.shape == images.shape[:1] and 0 <= labels.min() <= labels.max() < form.num_classes
 
 
-def plain(rows):
-    """Evaluations as dictionaries, lists and numbers only."""
-    return [row | {"scores": {network: vars(scores) for network, scores in row["scores"].items()}} for row in rows]
+def check_set(what, images, texture, data: Data):
+    """Raise ReportedError where images were made for other data, or need --texture."""
+    folder = saved_folder(what)
+    if record := files.read_run(folder):  # MTT's sets have none
+        now = {key: data.settings[key] for key in ("dataset", "zca", "val_fraction")}
+        now |= {"data": data.settings["digest"], "texture": texture}
+        files.check_record(folder, record.settings, now, "set")
+    if images.shape[2] != data.form.im_size and not texture:
+        raise ReportedError(
+            f"--evaluate: the images of {what} have {images.shape[2]} pixels a side, not "
+            f"{data.form.im_size}: canvases need --texture"
+        )
 
 
-def scored(rows):
-    """What `plain` was made from."""
-    return [row | {"scores": {network: Scores(**scores) for network, scores in row["scores"].items()}} for row in rows]
+def export_set(folder, images, labels, syn_lr, data: Data):
+    """Write a synthetic set for other tools: PNGs in class folders, and dd_ranking.pt.
+
+    The PNGs are for the eye: clipped, each in its own range. DD-Ranking's dictionary has what
+    networks learn from. Raises ReportedError where the folder has images already.
+    """
+    if (folder / "images").exists():
+        raise ReportedError(
+            f"--export={folder}: there are images already: remove them, or name another folder"
+        )
+    pixels = report.clip(data.to_pixels(images))
+    for label, name in enumerate(data.classes):
+        for number, image in enumerate(pixels[labels == label]):
+            path = folder / "images" / name / f"{number:04d}.png"
+            report.save_picture(path, report.draw_image(image))
+    content = {"image_tensor": images, "hard_labels": labels, "syn_lr": syn_lr}
+    files.write_tensors(folder / "dd_ranking.pt", content)
+
+
+def evaluate_saved(args, settings):
+    """What --evaluate does: print a table, and write every accuracy to evaluation.json.
+
+    `settings` are the flags that a result depends on.
+    """
+    device = process.check_device(args.device)
+    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
+    compiler = Compiler(args.compile, process.check_amp(args.amp, device))
+    pool = make_pool(args.eval_mode, args.model, form, compiler, device)
+    saved = load_set(args.evaluate, form) if is_saved(args.evaluate) else None
+    data = datasets.load_data(
+        args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
+    )
+    evaluator = make_evaluator(args, data, pool, compiler)
+    alpha = args.lr_teacher
+    if args.evaluate == "full":
+        evaluator, (images, labels) = of_real_images(evaluator), data.train
+    elif args.evaluate == "random":
+        evaluator = of_real_images(evaluator)
+        images, labels = random_real_sets(data, args.ipc, args.num_eval, args.seed)
+    else:
+        images, labels = saved
+        check_set(args.evaluate, images, args.texture, data)
+        if alpha is None:
+            raise ReportedError(
+                f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the "
+                "step size to train with"
+            )
+        if args.export:
+            export_set(args.export, images, labels, alpha, data)
+            print(f"{len(images)} images exported to {args.export}")
+            return
+    scores = evaluator(images.to(device), labels.to(device), alpha, (args.seed, "saved"))
+    title = {"full": "training images", "random": "random real images"}.get(
+        args.evaluate, f"images of {args.evaluate}"
+    )
+    print(f"{len(labels)} {title}; networks: {args.num_eval}, ", end="")
+    print(f"epochs: {args.epoch_eval_train}, α = {alpha:.5f}\n")
+    print(report.scores_table(scores, data.classes))
+    row = {"evaluated": args.evaluate, "images": len(labels), "syn_lr": alpha, "scores": scores}
+    save_evaluation(args, settings, data, row)
+
+
+def save_evaluation(args, settings, data, row):
+    """Write an evaluation to evaluation.json, in a folder named after it and its settings."""
+    settings = settings | {"data": data.settings["digest"], "syn_lr": row["syn_lr"]}
+    settings["evaluate"] = args.evaluate
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    name = {"random": f"random_ipc{args.ipc}"}.get(
+        args.evaluate, Path(args.evaluate).resolve().stem
+    )
+    folder = args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}_{digest}")
+    (content,) = to_json([row])
+    content |= {"settings": settings, "data": data.settings, "versions": process.versions()}
+    files.write_json(folder / "evaluation.json", content)
+    print(f"\nFiles: {folder / 'evaluation.json'}")

@@ -1,14 +1,16 @@
-"""Train experts on the real images and keep their trajectories: the parameters at initialisation and after every epoch.
+"""Train experts on the real images, and keep their trajectories: the parameters after each epoch.
 
-    python expert_trajectories.py --dataset=EuroSAT --model=ConvNet --train_epochs=50 --num_experts=100 --zca \
-        --buffer_path=BUF --data_path=DATA
+    python expert_trajectories.py --dataset=EuroSAT --model=ConvNet --train_epochs=50 \
+        --num_experts=100 --zca --buffer_path=BUF --data_path=DATA
 
-writes BUF/EuroSAT/ConvNet/replay_buffer_0.pt, ..., ten experts in each: lists of experts, of snapshots, of tensors, as
-MTT's `buffer.py` does. Beside each file, a .json records what the experts were trained on and how, how well they did,
-and a checksum. Every expert is saved as soon as it is trained. Run again, the command adds those that are missing:
-expert k depends on seed + k and nothing else. Any number of such processes, on any machines, can share one folder.
+writes BUF/EuroSAT/ConvNet/replay_buffer_0.pt, ..., an expert in each: a list of one trajectory, a
+list of snapshots, each a list of tensors, which MTT reads like those of its `buffer.py`. Beside
+each, a .json records what the expert was trained on and how, how well it did, and a checksum. Run
+again, the command adds those that are missing: expert k depends on seed + k and nothing else. Any
+number of such processes, on any machines, can share one folder.
 
-With --amp on one core of an AMD EPYC, eight epochs of EuroSAT take ConvNetW32 four minutes, and ConvNet half an hour.
+With --amp on one core of an AMD EPYC, eight epochs of EuroSAT take ConvNetW32 four minutes, and
+ConvNet half an hour.
 """
 
 import time
@@ -18,144 +20,216 @@ import torch
 
 import datasets
 import files
-import presets
+import process
 import report
+import trajectories
 import utils
-from datasets import Data
-from files import ReportedError
-from trajectories import add_expert, expert_files, expert_folder, read_record, read_trajectories
+from cli import Parser, add_shared_flags, boolean, count, fraction, not_negative, preset_flags
+from process import ReportedError
+from utils import Augment, Compiler
 
 
 def parse_args():
-    parser = utils.Parser(__doc__.splitlines()[0])
-    presets.add_flag(parser)
-    datasets.add_flags(parser)
-    utils.add_shared_flags(parser, batch_train=128)
+    parser = Parser(__doc__.splitlines()[0])
+    add_shared_flags(parser, batch_train=128)
     add = parser.topic("experts")
-    add("--num_experts", type=utils.count, default=100, metavar="N", help="how many experts to train")
-    add("--train_epochs", type=utils.count, default=50, metavar="EPOCHS", help="epochs of each expert")
-    add("--mom", type=utils.number(float, 0, below=1), default=0.0, metavar="[0,1)", help="momentum")
-    add("--l2", type=utils.not_negative, default=0.0, metavar="RATE", help="weight decay")
-    utils.add_flag(add, "--decay", help="a tenth of the learning rate after epoch train_epochs // 2 + 1")
-    add("--save_interval", type=utils.count, default=10, metavar="N", help="experts per file")
-    return presets.parse_args(parser, "experts")
+    add("--num_experts", count, 100, "N", "how many experts to train")
+    add("--train_epochs", count, 50, "EPOCHS", "epochs of each expert")
+    add("--mom", fraction, 0.0, "[0,1)", "momentum")
+    add("--l2", not_negative, 0.0, "RATE", "weight decay")
+    add("--decay", boolean, False, "BOOL", "a tenth of the rate after epoch train_epochs // 2 + 1")
+    given = parser.given()
+    return parser.complete(preset_flags(given.get("preset"), "experts"), given)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_expert(args, data, compiler, seed, dashboard):
+    """Train an expert: its snapshots, one before the first epoch and one after each, and curves.
+
+    Raises ReportedError where it diverges.
+    """
+    device = data.train[0].device
+    random = utils.make_generator("expert", seed)
+    network = utils.initial_network(args.model, data.form, random, device)
+    forward = compiler(network)
+    augment = Augment(data.form.im_size, utils.augment_groups(args.dsa, args.dsa_strategy))
+    optimizer = sgd(args, network, args.lr_teacher)
+    line_due = process.Interval(60)
+
+    trajectory = [snapshot(network)]
+    curves = {"loss": [], "train_accuracy": [], "test_accuracy": []}
+    for epoch in range(1, args.train_epochs + 1):
+        images, labels = data.train
+        batches = utils.draw_batches(len(images), args.batch_train, None, augment, random)
+        batches = utils.to_device(batches, device)
+        bar = process.progress(batches, desc=f"seed {seed}, epoch {epoch}", unit="batches")
+        loss, accuracy = utils.train_epoch(forward, optimizer, images, labels, augment, bar)
+        test_accuracy, _ = utils.accuracy(network, forward, *data.test, args.batch_train)
+
+        trajectory.append(snapshot(network))
+        if not (loss.isfinite() and all(p.isfinite().all() for p in trajectory[-1])):
+            raise ReportedError(
+                f"an expert diverged in epoch {epoch}: lower --lr_teacher={args.lr_teacher} or "
+                f"--mom={args.mom}"
+            )
+        for curve, value in zip(curves.values(), (loss, accuracy, test_accuracy)):
+            curve.append(round(float(value), 6))
+        latest = {key.title(): curve[-1] for key, curve in curves.items()}
+        dashboard.log({"Epoch": epoch} | latest, step=epoch)
+        if line_due.due():
+            process.log_line(f"seed {seed}, epoch {epoch} of {args.train_epochs}, loss {loss:.4f}")
+        # MTT counts epochs from 0: after its epoch `epochs // 2 + 1`, a fresh optimiser.
+        if args.decay and epoch == args.train_epochs // 2 + 2:
+            optimizer = sgd(args, network, args.lr_teacher * 0.1)
+    return trajectory, curves
+
+
+def sgd(args, network, rate):
+    parameters = network.parameters()
+    return torch.optim.SGD(parameters, lr=rate, momentum=args.mom, weight_decay=args.l2)
 
 
 def snapshot(network):
     """Copies of a network's parameters on the CPU, in `parameters()` order."""
-    return [p.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for p in network.parameters()]
+    # `copy`: on a CPU, MTT's snapshots are views of the live weights, so all the same.
+    layout = {"copy": True, "memory_format": torch.contiguous_format}
+    return [p.detach().to("cpu", **layout) for p in network.parameters()]
 
 
-def train_expert(network, logits, data: Data, augment, generator, bar, log, *, epochs, batch_size, lr, mom, l2, decay):
-    """Train `network` on the real images: its `epochs` + 1 snapshots, and what it reached after each epoch.
-
-    `log` takes the latter, too, as soon as it is known.
-    """
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=mom, weight_decay=l2)
-    trajectory, curves = [snapshot(network)], {"loss": [], "train_accuracy": [], "test_accuracy": []}
-    for epoch in range(epochs):
-        loss, train_accuracy = utils.train_epoch(logits, optimizer, *data.train, batch_size, augment, generator, bar)
-        test_accuracy, _ = utils.accuracy(network, logits, *data.test, batch_size)
-        trajectory.append(snapshot(network))
-        if not (loss.isfinite() and all(p.isfinite().all() for p in trajectory[-1])):
-            raise ReportedError(f"an expert diverged in epoch {epoch + 1}: lower --lr_teacher={lr} or --mom={mom}")
-        for curve, value in zip(curves.values(), (loss, train_accuracy, test_accuracy)):
-            curve.append(round(float(value), 6))
-        log({"Epoch": epoch + 1} | {key.title(): curve[-1] for key, curve in curves.items()}, step=epoch + 1)
-        bar.set_postfix(loss=f"{loss:.3f}", train=f"{train_accuracy:.1%}", test=f"{test_accuracy:.1%}",
-                        refresh=False)
-        if decay and epoch == epochs // 2 + 1:
-            optimizer = torch.optim.SGD(network.parameters(), lr=lr * 0.1, momentum=mom, weight_decay=l2)
-    return trajectory, curves
+# --------------------------------------------------------------------------------------------------
+# The folder that experts share
 
 
-def experts_in(folder, settings, read=read_record):
-    """Seeds of the experts that a folder holds. Raises ReportedError where they were made with other `settings`.
+def training_settings(args, amp):
+    """How experts are trained, for their records."""
+    return {
+        "epochs": args.train_epochs,
+        "batch_size": args.batch_train,
+        "lr": args.lr_teacher,
+        "mom": args.mom,
+        "l2": args.l2,
+        "decay": args.decay,
+        "dsa": args.dsa and args.dsa_strategy,
+        "amp": amp,
+        "seed": args.seed,
+    }
 
-    `read` is what a file's record is read with.
+
+def seeds_in(folder, settings, read=trajectories.read_record):
+    """Seeds of the experts in a folder, whose records `read` gives.
+
+    Raises ReportedError where they were made with other `settings`.
     """
     seeds = set()
-    if not folder.exists():
-        return seeds
-    with files.locked(folder):  # file and record are never seen while one of them is being replaced
-        for path in expert_files(folder):
-            record = read(path)
-            if record is None:
-                raise ReportedError(f"{path} has no record of its settings: remove it, or use another --buffer_path")
-            files.check_record(path, record["settings"] | record["training"], settings)
-            seeds |= {expert["seed"] for expert in record["experts"]}
+    for path in trajectories.expert_files(folder):
+        record = read(path)
+        if record is None:
+            raise ReportedError(
+                f"{path} has no record of its settings: remove it, or use another --buffer_path"
+            )
+        files.check_record(path, record["settings"] | record["training"], settings)
+        seeds.add(record["expert"]["seed"])
     return seeds
 
 
 @contextmanager
 def claim(folder, settings, seeds):
-    """The first of `seeds` whose expert is neither in the folder nor being trained by another process, or None.
+    """The first of `seeds` whose expert nobody has trained or is training; None: there is none.
 
     The expert belongs to this process until the end of the block, or until the process dies.
     """
-    done = experts_in(folder, settings)
+    done = seeds_in(folder, settings)
     for seed in (seed for seed in seeds if seed not in done):
         with files.locked(folder, f".expert_{seed}.lock", wait=False) as mine:
-            if mine and seed not in experts_in(folder, settings):  # another may have finished it in between
+            if mine and seed not in seeds_in(folder, settings):  # finished in between
                 yield seed
                 return
     yield None
 
 
+def verified(path):
+    """The record of an expert whose file has the recorded checksum."""
+    _, record = trajectories.read_trajectories(path)
+    return record
+
+
+# --------------------------------------------------------------------------------------------------
+# Main
+
+
 def main():
     args = parse_args()
-    device = utils.check_device(args.device)
-    args.amp = utils.check_amp(args.amp, device)
+    device = process.check_device(args.device)
+    compiler = Compiler(args.compile, process.check_amp(args.amp, device))
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
-    utils.initial_network(args.model, form, utils.make_generator(0), device)  # before the data: refuses unknown names
+    utils.initial_network(args.model, form, utils.make_generator(0), device)  # or an error, now
 
-    hyperparameters = {"epochs": args.train_epochs, "batch_size": args.batch_train, "lr": args.lr_teacher,
-                       "mom": args.mom, "l2": args.l2, "decay": args.decay}
-    training = hyperparameters | {"dsa": args.dsa and args.dsa_strategy, "amp": args.amp, "seed": args.seed}
-    folder = expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
-    experts_in(folder, training | {"val_fraction": args.val_fraction})  # refused before minutes of whitening
-    data = datasets.load_data(args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size)
-    augment = utils.make_augment(args.dsa, args.dsa_strategy)
-    runner = utils.Runner(args.compile, args.amp)
+    training = training_settings(args, compiler.amp)
+    folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
+    seeds_in(folder, training | {"val_fraction": args.val_fraction})  # before minutes of whitening
+    data = datasets.load_data(
+        args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
+    )
     settings = data.settings | {"model": args.model}
-    record = {"settings": settings, "training": training, "versions": utils.versions()}
+    record = {"settings": settings, "training": training, "versions": process.versions()}
 
-    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is better found out now
-    done = experts_in(folder, settings | training, read=lambda path: read_trajectories(path)[1])  # with checksums
-    seeds = range(args.seed, args.seed + args.num_experts)
-    here = len(done.intersection(seeds))
-    print(f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test images of "
-          f"{data.form.num_classes} classes; {here} of {args.num_experts} experts are in {folder}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found out now
+    wanted = range(args.seed, args.seed + args.num_experts)
+    here = seeds_in(folder, settings | training, read=verified).intersection(wanted)
+    sizes = (
+        f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test"
+    )
+    print(f"{sizes} images of {form.num_classes} classes; ", end="")
+    print(f"{len(here)} of {args.num_experts} experts are in {folder}", flush=True)
 
-    place, batches = "", -(-len(data.train[1]) // args.batch_train)
+    place = None
     while True:
-        with claim(folder, settings | training, seeds) as seed:
+        with claim(folder, settings | training, wanted) as seed:
             if seed is None:
                 break
-            generator, start = utils.make_generator("expert", seed), time.time()
-            network = utils.initial_network(args.model, form, generator, device)
-            name = f"expert {seed - args.seed}"
-            run = report.Dashboard(folder, name, settings | training | {"expert": seed - args.seed}, "Epoch",
-                                   mode=args.wandb_mode, project=args.wandb_project, entity=args.wandb_entity,
-                                   group=f"experts {folder.parent.name}/{args.model}")
-            with utils.progress(total=args.train_epochs * batches, desc=name, unit="batches", leave=False) as bar:
-                trajectory, curves = train_expert(network, runner(network), data, augment, generator, bar, run.log,
-                                                  **hyperparameters)
-            run.finish()
-            place = run.place("the .json beside each trajectory file has the curves")
-            expert = {"seed": seed, "seconds": round(time.time() - start, 1)} | curves
-            path = folder / f"replay_buffer_{(seed - args.seed) // args.save_interval}.pt"
-            with files.locked(folder):
-                add_expert(path, trajectory, expert, record)
-            print(f"{name:10} loss {curves['loss'][-1]:.4f}, train {curves['train_accuracy'][-1]:7.2%}, "
-                  f"test {curves['test_accuracy'][-1]:7.2%}, {utils.duration(expert['seconds'])}; in {path.name}",
-                  flush=True)
-    done = experts_in(folder, settings | training).intersection(seeds)
-    others = ", others are being trained by other processes" if len(done) < args.num_experts else ""
-    print(f"{len(done)} of {args.num_experts} experts are in {folder}{others}")
+            number, start = seed - args.seed, time.time()
+            dashboard = open_dashboard(args, folder, number, settings | training)
+            trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
+            dashboard.finish()
+            place = dashboard.place("the .json beside each trajectory file has the curves")
+
+            seconds = round(time.time() - start, 1)
+            expert = {"seed": seed, "seconds": seconds} | curves
+            path = trajectories.expert_path(folder, number)
+            with files.locked(folder):  # which removes what killed processes were writing
+                trajectories.save_expert(path, trajectory, record | {"expert": expert})
+            print_expert(number, expert, path.name)
+    here = seeds_in(folder, settings | training).intersection(wanted)
+    others = "" if len(here) == args.num_experts else "; other processes are training the rest"
+    print(f"{len(here)} of {args.num_experts} experts are in {folder}{others}")
     if place:
         print(place)
 
 
+def open_dashboard(args, folder, number, settings):
+    return report.Dashboard(
+        folder,
+        "Epoch",
+        args.wandb_mode,
+        name=f"expert {number}",
+        config=settings | {"expert": number},
+        project=args.wandb_project,
+        entity=args.wandb_entity,
+        group=f"experts {folder.parent.name}/{args.model}",
+    )
+
+
+def print_expert(number, expert, name):
+    train, test = expert["train_accuracy"][-1], expert["test_accuracy"][-1]
+    reached = f"loss {expert['loss'][-1]:.4f}, train {train:7.2%}, test {test:7.2%}"
+    time = process.duration(expert["seconds"])
+    print(f"expert {number:<3} {reached}, {time}; in {name}", flush=True)
+
+
 if __name__ == "__main__":
-    utils.run_script(main, less_memory="lower --batch_train or --im_size, leave out --zca, or use --amp")
+    process.run_script(
+        main, less_memory="lower --batch_train or --im_size, leave out --zca, or use --amp"
+    )

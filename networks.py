@@ -45,8 +45,18 @@ NORMS = {  # each takes the feature map's channels and side length
 class ConvNet(nn.Module):
     """`depth` blocks of [3×3 convolution → normalisation → activation → pooling by 2], then one linear layer."""
 
-    def __init__(self, channels, num_classes, im_size, *, width=128, depth=3, act="relu", norm="instance",
-                 pooling="avg"):
+    def __init__(
+        self,
+        channels,
+        num_classes,
+        im_size,
+        *,
+        width=128,
+        depth=3,
+        act="relu",
+        norm="instance",
+        pooling="avg",
+    ):
         super().__init__()
         layers, size = [], im_size
         for _ in range(depth):
@@ -59,8 +69,10 @@ class ConvNet(nn.Module):
                 size //= 2
             channels = width
         if size == 0:
-            raise ValueError(f"{depth} poolings leave nothing of {im_size}x{im_size} images: "
-                             f"use at most {im_size.bit_length() - 1} (ConvNetD{im_size.bit_length() - 1})")
+            raise ValueError(
+                f"{depth} poolings leave nothing of {im_size}x{im_size} images: "
+                f"use at most {im_size.bit_length() - 1} (ConvNetD{im_size.bit_length() - 1})"
+            )
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(width * size * size, num_classes)
 
@@ -77,14 +89,17 @@ class BasicBlock(nn.Module):
 
     def __init__(self, channels, planes, stride, norm):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, planes, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(
+            channels, planes, kernel_size=3, stride=stride, padding=1, bias=False
+        )
         self.bn1 = norm(planes)  # called bn whatever it is: the name that MTT's files and code know
         self.conv2 = nn.Conv2d(planes, planes, kernel_size=3, padding=1, bias=False)
         self.bn2 = norm(planes)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, planes, kernel_size=1, stride=stride, bias=False),
-                                          norm(planes))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, planes, kernel_size=1, stride=stride, bias=False), norm(planes)
+            )
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
@@ -98,13 +113,19 @@ class ResNet18(nn.Module):
         super().__init__()
         if im_size % 32:
             raise ValueError(f"ResNet18 takes images whose side is a multiple of 32, not {im_size}")
-        norm_layer = {"instance": lambda planes: nn.GroupNorm(planes, planes), "batch": nn.BatchNorm2d}[norm]
+        norm_layer = {
+            "instance": lambda planes: nn.GroupNorm(planes, planes),
+            "batch": nn.BatchNorm2d,
+        }[norm]
         self.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
         self.bn1 = norm_layer(64)
-        for stage, (inputs, planes, stride) in enumerate([(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)],
-                                                         start=1):
-            blocks = nn.Sequential(BasicBlock(inputs, planes, stride, norm_layer),
-                                   BasicBlock(planes, planes, 1, norm_layer))
+        for stage, (inputs, planes, stride) in enumerate(
+            [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)], start=1
+        ):
+            blocks = nn.Sequential(
+                BasicBlock(inputs, planes, stride, norm_layer),
+                BasicBlock(planes, planes, 1, norm_layer),
+            )
             self.add_module(f"layer{stage}", blocks)
         self.classifier = nn.Linear(512 * (im_size // 32) ** 2, num_classes)
 
@@ -117,7 +138,26 @@ class ResNet18(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # VGG16 (Simonyan & Zisserman 2015), with one linear layer
 
-VGG16_WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
+VGG16_WIDTHS = (
+    64,
+    64,
+    "pool",
+    128,
+    128,
+    "pool",
+    256,
+    256,
+    256,
+    "pool",
+    512,
+    512,
+    512,
+    "pool",
+    512,
+    512,
+    512,
+    "pool",
+)
 
 
 class VGG16(nn.Module):
@@ -132,7 +172,11 @@ class VGG16(nn.Module):
             if width == "pool":
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.GroupNorm(width, width), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(channels, width, kernel_size=3, padding=1),
+                    nn.GroupNorm(width, width),
+                    nn.ReLU(),
+                ]
                 channels = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(512 * (im_size // 32) ** 2, num_classes)
@@ -149,10 +193,18 @@ NETWORKS = {
     "ConvNet": (ConvNet, {}),
     **{f"ConvNetD{depth}": (ConvNet, {"depth": depth}) for depth in range(1, 9)},
     **{f"ConvNetW{width}": (ConvNet, {"width": width}) for width in (32, 64, 128, 256, 512, 1024)},
-    **{f"ConvNetA{act[0].upper()}": (ConvNet, {"act": act}) for act in ("sigmoid", "relu", "leakyrelu")},
-    **{f"ConvNet{norm[0].upper()}N": (ConvNet, {"norm": norm})
-       for norm in ("none", "batch", "layer", "instance", "group")},
-    **{f"ConvNet{pooling[0].upper()}P": (ConvNet, {"pooling": pooling}) for pooling in ("none", "max", "avg")},
+    **{
+        f"ConvNetA{act[0].upper()}": (ConvNet, {"act": act})
+        for act in ("sigmoid", "relu", "leakyrelu")
+    },
+    **{
+        f"ConvNet{norm[0].upper()}N": (ConvNet, {"norm": norm})
+        for norm in ("none", "batch", "layer", "instance", "group")
+    },
+    **{
+        f"ConvNet{pooling[0].upper()}P": (ConvNet, {"pooling": pooling})
+        for pooling in ("none", "max", "avg")
+    },
     "ResNet18": (ResNet18, {}),
     "ResNet18BN": (ResNet18, {"norm": "batch"}),
     "VGG16": (VGG16, {}),
@@ -168,6 +220,8 @@ def get_network(name, channels, num_classes, im_size):
     """
     name = ALIASES.get(name, name)
     if name not in NETWORKS:
-        raise ValueError(f"unknown network {name!r}; choose from {', '.join([*NETWORKS, *ALIASES])}")
+        raise ValueError(
+            f"unknown network {name!r}; choose from {', '.join([*NETWORKS, *ALIASES])}"
+        )
     network_class, variant = NETWORKS[name]
     return network_class(channels, num_classes, im_size, **variant)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: pictures, and pages on Weights & Biases."""
+"""What a person sees of a run: tables, pictures, curves, and pages on Weights & Biases."""
 
 import os
 import shutil
@@ -13,125 +13,276 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 import files
-from datasets import Data
-from files import first_line
+import process
+from process import first_line
+from scores import spread, to_json
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and files
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+EVALUATION_HEADER = (
+    f"{'iteration':>9} {'network':12} {'validation':^16}   {'test':^16}   "
+    f"{'α':>8}  {'loss':>6}  {'time':>8}"
+)
+
+
+def evaluation_lines(row):
+    """An evaluation under EVALUATION_HEADER, a line per network."""
+    loss = "" if row["loss"] is None else f"{row['loss']:6.4f}"
+    rest = f"{row['syn_lr']:8.5f}  {loss:>6}  {process.duration(row['seconds']):>8}"
+    return "\n".join(
+        f"{row['iteration']:9d} {network:12} {scores}   {rest}"
+        for network, scores in row["scores"].items()
+    )
+
+
+def scores_table(scores, classes):
+    """Lines for the scores of each network: in all, and on each of the `classes` (names)."""
+    lines = [f"{'network':22} {'validation':^16}   {'test':^16}"]
+    lines += [f"{network:22} {score}" for network, score in scores.items()]
+    names = "   ".join(f"{network:16}" for network in scores)
+    lines += ["", f"{'test, by class':22} {names}"]
+    for label, name in enumerate(classes):
+        parts = ([of_network[label] for of_network in s.classes] for s in scores.values())
+        columns = "   ".join(f"{spread(part):16}" for part in parts)
+        lines.append(f"{name:22} {columns}".rstrip())
+    return "\n".join(lines)
+
+
+def closing_table(run, inputs, state):
+    """What networks learn from real images, from the distilled ones, and from all real ones."""
+    best = state.evaluations.best
+    rows = [("trained on", "α", "network", f"{'validation':^16}   {'test':^16}")]
+    kinds = [*(("random real", baseline) for baseline in state.baselines), ("distilled", best)]
+    for kind, row in kinds:
+        images = f"{len(state.label_syn)} {kind} images"
+        for network, scores in row["scores"].items():
+            rows.append((images, f"{row['syn_lr']:.5f}", network, scores))
+    if accuracies := inputs.experts.test_accuracies:
+        images = f"all {len(inputs.data.train[1])} training images"
+        rows.append((images, "", "(experts)", f"{'':16}   {spread(accuracies)}"))
+    lines = [f"{images:27} {alpha:>8}   {network:12} {s}" for images, alpha, network, s in rows]
+    names = "images_best.pt, curves.png, animation.gif, results.json, ..."
+    return "\n".join(
+        ["", f"Best iteration: {best['iteration']}", *lines, f"Files: {run.folder} ({names})"]
+    )
+
+
+def save_results(run, inputs, state):
+    """results.json: settings, versions, all evaluations, and what they are compared with."""
+    results = {
+        "settings": run.settings,
+        "data": inputs.data.settings,
+        "experts": len(inputs.experts.members),
+        "versions": process.versions(),
+        "threads": torch.get_num_threads(),
+        "best_iteration": state.evaluations.best["iteration"],
+        "evaluations": to_json(state.evaluations.rows),
+        "random_real": to_json(state.baselines),
+        "experts_test_accuracy": inputs.experts.test_accuracies,
+    }
+    files.write_json(run.folder / "results.json", results)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+MAX_SIDE = 30_000  # of a picture, in pixels: GIF ends at 65,535
+MAX_PIXELS = 30_000_000  # Pillow warns from 90 million on
+
+
+def clip(images, deviations=2.5):
+    """Images with values beyond so many standard deviations from the mean cut off, as MTT's."""
+    mean, std = images.mean(), images.std()
+    return images.clamp(mean - deviations * std, mean + deviations * std)
 
 
 def draw_image(image):
     """A picture of an image (3, H, W), scaled to its own range."""
     image = image - image.min()
-    return Image.fromarray((image / image.max().clamp(min=1e-8) * 255).byte().permute(1, 2, 0).numpy())
-
-
-SIDE, PIXELS = 30_000, 30_000_000  # that a picture has at most: GIF ends at 65,535 a side, Pillow warns from 90 Mpx on
+    image = image / image.max().clamp(min=1e-8)
+    return Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy())
 
 
 def draw_grid(images, labels, title, classes):
-    """A labelled picture of images (B, 3, H, W), each scaled to its own range, `classes` naming the labels (B,).
+    """A labelled picture of images (B, 3, H, W), each in its own range, in their order.
 
-    One image per class: rows of five, or of ten from eleven classes on. Several: a column per class, or, where there
-    are more than ten, a row with the first ten of each. The title says where not all images have found room.
+    Rows of ten, or five where there are no more than ten images. `classes` names the labels (B,).
+    The title says where a picture of all images would be too large.
     """
-    of_classes = [torch.nonzero(labels.cpu() == label).flatten().tolist() for label in range(len(classes))]
-    most, few = max(map(len, of_classes)), len(classes) <= 10
-    shown = most if few else min(most, 10)
-    columns = (5 if few else 10) if most == 1 else len(classes) if few else shown
-    table = [part[:shown] + [None] * (shown - len(part)) for part in of_classes]  # a row per class
-    order = [index for line in (zip(*table) if few else table) for index in line]
-
+    few = len(images) <= 10
+    columns = 5 if few else 10
     height, width = images.shape[2:]
-    scale = max(1, (192 if len(order) <= 10 else 128) // height)
-    cell_w, cell_h, head = width * scale + 8, height * scale + 22, 26
-    rows = min(-(-len(order) // columns), max(1, min(SIDE, PIXELS // (columns * cell_w)) // cell_h))
-    order = order[:rows * columns]
-    if (drawn := len(order) - order.count(None)) < len(images):
-        title += f", {drawn} of {len(images)} images"
+    scale = max(1, (192 if few else 128) // height)
+    gap, line, head = 8, 20, 26  # in pixels: between tiles, under one, above all
+    cell_w, cell_h = width * scale + gap, height * scale + line
+    room = min(MAX_SIDE, MAX_PIXELS // (columns * cell_w)) // cell_h
+    rows = min(-(-len(images) // columns), max(1, room))
+    shown = min(len(images), rows * columns)
+    if shown < len(images):
+        title += f", {shown} of {len(images)} images"
     title += "; each image in its own range"
+
     font = ImageFont.load_default(size=12)
-    picture_w = max(columns * cell_w, int(font.getlength(title)) + 8) + 8
-    picture = Image.new("RGB", (picture_w, rows * cell_h + head + 4), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((8, 6), title, fill="black", font=font)
-    for place, index in enumerate(order):
-        if index is None:
-            continue
-        tile = draw_image(images[index]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        left, top = place % columns * cell_w + 8, place // columns * cell_h + head
-        picture.paste(tile, (left, top))
-        name = shortened(classes[labels[index]], font, width * scale)
-        draw.text((left, top + height * scale + 2), name, fill="black", font=font)
+    picture_w = gap + max(columns * cell_w, int(font.getlength(title)))
+    picture = Image.new("RGB", (picture_w, head + rows * cell_h), "white")
+    ImageDraw.Draw(picture).text((gap, 6), title, fill="black", font=font)
+    for place in range(shown):
+        tile = Image.new("RGB", (width * scale, cell_h), "white")  # cuts names that are too long
+        image = draw_image(images[place])
+        tile.paste(image.resize((width * scale, height * scale), Image.Resampling.NEAREST))
+        name = classes[labels[place]]
+        ImageDraw.Draw(tile).text((0, height * scale + 2), name, fill="black", font=font)
+        row, column = divmod(place, columns)
+        picture.paste(tile, (gap + column * cell_w, head + row * cell_h))
     return picture
 
 
-def shortened(text, font, width):
-    """As much of a text as fits into so many pixels."""
-    if font.getlength(text) <= width:
-        return text
-    return next((text[:end] + "…" for end in range(len(text) - 1, 0, -1) if font.getlength(text[:end] + "…") <= width),
-                "")
-
-
-def clip(images, deviations=2.5):
-    """Images with values beyond so many standard deviations from the mean cut off, as in MTT's pictures."""
-    mean, std = images.mean(), images.std()
-    return images.clamp(mean - deviations * std, mean + deviations * std)
-
-
-def save_picture(folder, name, picture, **options):
-    files.write_whole(folder / name, lambda file: picture.save(file, format=name.rsplit(".")[-1], **options))
+def save_picture(path, picture, **options):
+    kind = path.suffix.removeprefix(".")
+    files.write_whole(path, lambda file: picture.save(file, format=kind, **options))
 
 
 def save_animation(folder):
-    """`animation.gif` of the run's grids, from the first iteration to the last."""
+    """`animation.gif` of a run's grids, from the first iteration to the last."""
     first, *others = sorted(folder.glob("grid_*.png"))
-    frames = (Image.open(path).convert("RGB") for path in others)  # opened one by one: with many images each is large
-    save_picture(folder, "animation.gif", Image.open(first).convert("RGB"), save_all=True, append_images=frames,
-                 duration=[200] * len(others) + [2000], loop=0)
+    frames = (
+        Image.open(path).convert("RGB") for path in others
+    )  # opened one by one: they are large
+    save_picture(
+        folder / "animation.gif",
+        Image.open(first).convert("RGB"),
+        save_all=True,
+        append_images=frames,
+        duration=[200] * len(others) + [2000],
+        loop=0,
+    )
 
 
-def save_curves(folder, title, losses, rows, baselines):
-    """`curves.png`: accuracy, matching loss and α against the iteration.
+# --------------------------------------------------------------------------------------------------
+# Curves
 
-    losses     of each iteration
-    rows       evaluations of the synthetic images
-    baselines  evaluations of random real images
-    """
+
+def save_curves(run, state):
+    """`curves.png`: accuracy, matching loss and α against the iteration."""
+    rows = state.evaluations.rows
     figure = Figure(figsize=(16, 4.5), layout="constrained")
-    figure.suptitle(title)
+    ipc, seed = run.settings["ipc"], run.settings["seed"]
+    figure.suptitle(f"{run.title}, images per class: {ipc}, seed {seed}")
     accuracy, loss, alpha = figure.subplots(1, 3)
-    iterations = [row["iteration"] for row in rows]
-    for number, network in enumerate(rows[-1]["scores"]):
-        for part, style in (("test", "-"), ("val", "--")):
-            values = [getattr(row["scores"][network], part) for row in rows]
-            if values[0]:
-                mean, std = 100 * np.mean(values, 1), 100 * np.std(values, 1)
-                name = {"test": "test", "val": "validation"}[part]
-                accuracy.plot(iterations, mean, style, color=f"C{number}", marker=".", label=f"{network}, {name}")
-                accuracy.fill_between(iterations, mean - std, mean + std, color=f"C{number}", alpha=0.12, linewidth=0)
-        real = 100 * np.mean(baselines[0]["scores"][network].test)
-        accuracy.axhline(real, color=f"C{number}", linestyle=":", label=f"{network}, random real images, test")
-    accuracy.set(xlabel="iteration", ylabel="accuracy, % (mean ± std of the networks)")
-    accuracy.legend(fontsize="small")
-    window = max(1, len(losses) // 50)
-    loss.plot(losses, color="C0", alpha=0.3 if window > 1 else 1, linewidth=0.8, label="each iteration")
-    if window > 1:
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        loss.plot(np.arange(len(smooth)) + window // 2, smooth, color="C0", label=f"mean of {window}")
-    loss.axhline(1, color="grey", linestyle=":", label="a student that does not move")
-    loss.set(xlabel="iteration", ylabel="matching loss")
-    loss.legend(fontsize="small")
-    alpha.plot(iterations, [row["syn_lr"] for row in rows], marker=".")
+    plot_accuracy(accuracy, rows, state.baselines)
+    plot_loss(loss, state.losses)
+    alpha.plot([row["iteration"] for row in rows], [row["syn_lr"] for row in rows], marker=".")
     alpha.set(xlabel="iteration", ylabel="α, the learned step size")
     for axis in (accuracy, loss, alpha):
         axis.grid(alpha=0.3)
-    files.write_whole(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+    path = run.folder / "curves.png"
+    files.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def plot_accuracy(axis, rows, baselines):
+    iterations = [row["iteration"] for row in rows]
+    for number, network in enumerate(rows[-1]["scores"]):
+        color = f"C{number}"
+        for part, name, style in (("test", "test", "-"), ("val", "validation", "--")):
+            values = [getattr(row["scores"][network], part) for row in rows]
+            if not values[0]:
+                continue
+            mean, std = 100 * np.mean(values, 1), 100 * np.std(values, 1)
+            label = f"{network}, {name}"
+            axis.plot(iterations, mean, style, color=color, marker=".", label=label)
+            band = {"color": color, "alpha": 0.12, "linewidth": 0}
+            axis.fill_between(iterations, mean - std, mean + std, **band)
+        real = 100 * np.mean(baselines[0]["scores"][network].test)
+        label = f"{network}, random real images, test"
+        axis.axhline(real, color=color, linestyle=":", label=label)
+    axis.set(xlabel="iteration", ylabel="accuracy, % (mean ± std of the networks)")
+    axis.legend(fontsize="small")
+
+
+def plot_loss(axis, losses):
+    window = max(1, len(losses) // 50)
+    opacity = 0.3 if window > 1 else 1
+    axis.plot(losses, color="C0", alpha=opacity, linewidth=0.8, label="each iteration")
+    if window > 1:
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        middle = np.arange(len(smooth)) + window // 2
+        axis.plot(middle, smooth, color="C0", label=f"mean of {window}")
+    axis.axhline(1, color="grey", linestyle=":", label="a student that does not move")
+    axis.set(xlabel="iteration", ylabel="matching loss")
+    axis.legend(fontsize="small")
+
+
+# --------------------------------------------------------------------------------------------------
 # Weights & Biases
+
+
+class Dashboard:
+    """A run's page on Weights & Biases. It never asks, and never ends the script: it warns.
+
+    Online when logged in and reachable, else offline, in `folder`/wandb. `axis` is the key that all
+    others are drawn against. `options` are those of `wandb.init`; an `id` that has been used before
+    continues that page.
+    """
+
+    def __init__(self, folder, axis, mode, **options):
+        # wandb would use the home directory.
+        os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))
+        self.folder = folder / "wandb"
+        self.page = None
+        for each in modes_to_try(mode or os.environ.get("WANDB_MODE")):
+            try:
+                self.page = wandb.init(
+                    mode=each,
+                    dir=folder,
+                    resume="allow" if options.get("id") else None,
+                    reinit="finish_previous",
+                    settings=wandb.Settings(silent=True, init_timeout=30),
+                    **options,
+                )
+                break
+            except Exception as error:  # of wandb, its service, or a WANDB_... variable's value
+                warnings.warn(f"wandb cannot start in mode {each}: {first_line(error)}")
+        self.attempt(lambda page: page.define_metric(axis))
+        self.attempt(lambda page: page.define_metric("*", step_metric=axis))
+
+    def attempt(self, call):
+        """Call `call` with wandb's page; where it fails, warn and continue without wandb."""
+        try:
+            if self.page:
+                call(self.page)
+        except Exception as error:
+            warnings.warn(f"wandb failed, continuing without it: {first_line(error)}")
+            self.page = None
+
+    def log(self, values, step):
+        self.attempt(lambda page: page.log(values, step=step))
+
+    def finish(self, **summary):
+        """Close the page, with what the table of runs shows of it."""
+        self.attempt(lambda page: page.summary.update(summary))
+        self.attempt(lambda page: page.finish())
+
+    def place(self, instead):
+        """Where to look, in a line; `instead` says where without an account."""
+        if not self.page:
+            return "no wandb"
+        if self.page.settings.mode != "offline":
+            return f"wandb: {self.page.url or 'disabled'}"
+        command = "wandb" if shutil.which("wandb") else Path(sys.executable).with_name("wandb")
+        return (
+            f"wandb logs offline; to upload: {command} sync {self.folder}/offline-run-*; "
+            f"without an account, {instead}"
+        )
+
+
+def modes_to_try(mode):
+    """wandb's modes, in order: as wished, or online if there is an account; then offline."""
+    if mode in (None, "online") and not logged_in():
+        if mode:
+            warnings.warn("--wandb_mode=online, but nobody is logged in (wandb login): offline")
+        mode = "offline"
+    return dict.fromkeys((mode or "online", "offline"))
 
 
 def logged_in():
@@ -143,74 +294,58 @@ def logged_in():
         return False
 
 
-class Dashboard:
-    """A run on Weights & Biases that never asks anything, and never ends the script: what fails is a warning.
+def evaluation_log(rows):
+    """MTT's keys for the latest of `rows`; `Loss` is the mean since the evaluation before."""
+    log = {} if rows[-1]["loss"] is None else {"Loss": rows[-1]["loss"]}
+    for network, scores in rows[-1]["scores"].items():
+        of_network = (row["scores"][network] for row in rows)
+        best = max(of_network, key=lambda scores: scores.selection_accuracy)
+        for prefix, part in (("", "test"), ("Validation_", "val")):
+            if values := getattr(scores, part):
+                log[f"{prefix}Accuracy/{network}"] = np.mean(values)
+                log[f"{prefix}Std/{network}"] = np.std(values)
+                log[f"Max_{prefix}Accuracy/{network}"] = np.mean(getattr(best, part))
+                log[f"Max_{prefix}Std/{network}"] = np.std(getattr(best, part))
+    return log
 
-    Online when logged in and reachable, else offline, in `folder`/wandb. A `run_id` that has been used before continues
-    that run. `axis` is the key that all others are drawn against.
+
+def picture_log(image_syn, label_syn, data, title, with_pictures):
+    """MTT's keys for the images: a histogram, and with pictures the images, clipped and not.
+
+    With ZCA also the images with whitening undone.
     """
-
-    def __init__(self, folder, name, config, axis, *, mode, project, entity, run_id=None, group=None):
-        os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))  # instead of the home directory
-        self.folder, self.run = folder / "wandb", None
-        options = {"dir": folder, "name": name, "config": config, "project": project, "entity": entity, "group": group,
-                   "id": run_id, "resume": "allow" if run_id else None, "reinit": "finish_previous",
-                   "settings": wandb.Settings(silent=True, init_timeout=30)}
-        wished = mode or os.environ.get("WANDB_MODE")
-        if wished in (None, "online") and not logged_in():
-            if wished:
-                warnings.warn(f"--wandb_mode={wished}, but nobody is logged in (wandb login): logging offline")
-            wished = "offline"
-        for mode in dict.fromkeys((wished or "online", "offline")):
-            try:
-                self.run = wandb.init(mode=mode, **options)
-                break
-            except Exception as error:  # wandb's own, or of what WANDB_... variables hold, or of its service
-                warnings.warn(f"wandb cannot start in mode {mode}: {first_line(error)}")
-        self.attempt(lambda run: run.define_metric(axis))
-        self.attempt(lambda run: run.define_metric("*", step_metric=axis))
-
-    def attempt(self, call):
-        """Call `call` with wandb's run, if there is one; where it fails, warn, and go on without wandb."""
-        try:
-            if self.run:
-                call(self.run)
-        except Exception as error:
-            warnings.warn(f"wandb failed, going on without: {first_line(error)}")
-            self.run = None
-
-    def place(self, instead):
-        """Where to look, in a line; `instead` says where without an account."""
-        if not self.run:
-            return "no wandb"
-        if self.run.settings.mode == "offline":
-            wandb_command = "wandb" if shutil.which("wandb") else Path(sys.executable).with_name("wandb")
-            return (f"wandb logs offline; to upload: {wandb_command} sync {self.folder}/offline-run-*; without an "
-                    f"account, {instead}")
-        return f"wandb: {self.run.url or 'disabled'}"
-
-    def log(self, values, step):
-        self.attempt(lambda run: run.log(values, step=step))
-
-    def finish(self, **summary):
-        """End the run, with what the table of runs shall show of it."""
-        self.attempt(lambda run: run.summary.update(summary))
-        self.attempt(lambda run: run.finish())
-
-
-def picture_log(image_syn, label_syn, data: Data, title, pictures):
-    """MTT's wandb keys for the images: a histogram; with `pictures` also the tensors, as they are and whitening undone.
-    """
-    log = {"Pixels": wandb.Histogram(image_syn)}
-    if not pictures:
+    images, labels = image_syn.detach().cpu(), label_syn.cpu()
+    log = {"Pixels": wandb.Histogram(images)}
+    if not with_pictures:
         return log
     log["Synthetic_Pixels"] = log["Pixels"]
-    caption = f"{title}: {', '.join(dict.fromkeys(data.classes[label] for label in label_syn))}"
-    views = {"Synthetic": image_syn} | ({"Reconstructed": data.to_pixels(image_syn)} if data.zca else {})
-    for name, images in views.items():
-        log[f"{name}_Images"] = wandb.Image(draw_grid(images, label_syn, title, data.classes), caption=caption)
-        log[f"Clipped_{name}_Images/std_2.5"] = wandb.Image(
-            draw_grid(clip(images), label_syn, title, data.classes), caption=caption)
+    views = {"Synthetic": images}
     if data.zca:
+        views["Reconstructed"] = data.to_pixels(images)
         log["Reconstructed_Pixels"] = wandb.Histogram(views["Reconstructed"])
+    names = ", ".join(dict.fromkeys(data.classes[label] for label in labels))
+    for name, view in views.items():
+        for key, shown in (
+            (f"{name}_Images", view),
+            (f"Clipped_{name}_Images/std_2.5", clip(view)),
+        ):
+            grid = draw_grid(shown, labels, title, data.classes)
+            log[key] = wandb.Image(grid, caption=f"{title}: {names}")
     return log
+
+
+def run_summary(evaluations, seconds, device):
+    """What wandb's table of runs shows of a run: its cost, its accuracy, best and final, and α."""
+    best, final = evaluations.best, evaluations.rows[-1]
+    summary = {
+        "Best_Iteration": best["iteration"],
+        "Total_Seconds": seconds,
+        "Peak_Memory": process.peak_memory(device),
+        "Versions": ", ".join(f"{name} {number}" for name, number in process.versions().items()),
+    }
+    for prefix, row in (("Best", best), ("Final", final)):
+        summary[f"{prefix}_Synthetic_LR"] = row["syn_lr"]
+        for network, scores in row["scores"].items():
+            summary[f"{prefix}_Accuracy/{network}"] = np.mean(scores.test)
+            summary[f"{prefix}_Std/{network}"] = np.std(scores.test)
+    return summary

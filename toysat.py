@@ -4,14 +4,29 @@ It needs no download, and trains in seconds. `draw_toysat` draws all of it; ever
 """
 
 import numpy as np
+from PIL import Image
 
 # Palettes, one colour (R, G, B) per column. Classes share them on purpose, so that mean colour alone tells few apart.
-SOIL = np.array([[0.46, 0.40, 0.38], [0.56, 0.46, 0.42], [0.66, 0.53, 0.45], [0.52, 0.47, 0.38]], np.float32).T
-GREEN = np.array([[0.14, 0.24, 0.25], [0.18, 0.30, 0.28], [0.23, 0.38, 0.32], [0.28, 0.42, 0.33], [0.35, 0.41, 0.34]],
-                 np.float32).T
-WATER = np.array([[0.11, 0.19, 0.30], [0.14, 0.25, 0.34], [0.18, 0.30, 0.37], [0.16, 0.27, 0.29]], np.float32).T
+SOIL = np.array(
+    [[0.46, 0.40, 0.38], [0.56, 0.46, 0.42], [0.66, 0.53, 0.45], [0.52, 0.47, 0.38]], np.float32
+).T
+GREEN = np.array(
+    [
+        [0.14, 0.24, 0.25],
+        [0.18, 0.30, 0.28],
+        [0.23, 0.38, 0.32],
+        [0.28, 0.42, 0.33],
+        [0.35, 0.41, 0.34],
+    ],
+    np.float32,
+).T
+WATER = np.array(
+    [[0.11, 0.19, 0.30], [0.14, 0.25, 0.34], [0.18, 0.30, 0.37], [0.16, 0.27, 0.29]], np.float32
+).T
 GREY = np.array([[0.38, 0.39, 0.43], [0.46, 0.46, 0.49], [0.54, 0.53, 0.53]], np.float32).T
-ROOF = np.array([[0.72, 0.50, 0.43], [0.66, 0.58, 0.54], [0.62, 0.62, 0.66], [0.80, 0.79, 0.80]], np.float32).T
+ROOF = np.array(
+    [[0.72, 0.50, 0.43], [0.66, 0.58, 0.54], [0.62, 0.62, 0.66], [0.80, 0.79, 0.80]], np.float32
+).T
 
 
 def cover(scene, mask, colour, opacity=1.0):
@@ -37,7 +52,9 @@ class LandPainter:
     def noise(self, wavelength):
         """Smooth random fields of unit variance: white noise, low-passed in Fourier space."""
         frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64))
-        lowpass = np.exp(-((wavelength * frequency) ** 2)) * (frequency > 0)  # no DC: it would swamp long wavelengths
+        lowpass = np.exp(-((wavelength * frequency) ** 2)) * (
+            frequency > 0
+        )  # no DC: it would swamp long wavelengths
         spectrum = np.fft.rfft2(self.rng.standard_normal((self.n, 64, 64), np.float32))
         field = np.fft.irfft2(spectrum * lowpass.astype(np.float32))
         return field / field.std((1, 2), keepdims=True)
@@ -54,55 +71,87 @@ class LandPainter:
         image = np.arange(self.n)[:, None, None]
         row, across = np.divmod(u / width, 1)
         row = row.astype(int) % 8
-        column, along = np.divmod(v / length + self.rng.random((self.n, 8), np.float32)[image, row], 1)
+        column, along = np.divmod(
+            v / length + self.rng.random((self.n, 8), np.float32)[image, row], 1
+        )
         parcel = 64 * image + 8 * row + column.astype(int) % 8
-        border = np.minimum(np.minimum(across, 1 - across) * width, np.minimum(along, 1 - along) * length)
+        border = np.minimum(
+            np.minimum(across, 1 - across) * width, np.minimum(along, 1 - along) * length
+        )
         return lambda table: np.take(table.reshape(*table.shape[:-2], -1), parcel, axis=-1), border
 
     def annual_crop(self):
         u, v = self.axes(0.5)
         at, border = self.parcels(u, v, self.uniform(14, 28), self.uniform(24, 50))
-        furrows = np.sin(2 * np.pi * u / self.uniform(3, 4.5)) * at(self.rng.random((self.n, 64), np.float32))
+        furrows = np.sin(2 * np.pi * u / self.uniform(3, 4.5)) * at(
+            self.rng.random((self.n, 64), np.float32)
+        )
         scene = at(self.tones(np.hstack([SOIL, SOIL, GREEN]), 64)) * (1 + 0.06 * furrows)
         return cover(scene, 1.3 - border, self.tones(SOIL), self.uniform(0, 0.5))
 
     def forest(self):
-        return self.tones(GREEN[:, :2]) * np.exp(self.uniform(0.12, 0.2) * self.noise(2) + 0.06 * self.noise(16))
+        return self.tones(GREEN[:, :2]) * np.exp(
+            self.uniform(0.12, 0.2) * self.noise(2) + 0.06 * self.noise(16)
+        )
 
     def herbaceous(self):
         palette = np.hstack([SOIL, GREEN[:, 2:]])
         scene = cover(self.tones(palette), 0.5 + 0.4 * self.noise(16), self.tones(palette))
         scene = scene * np.exp(0.12 * self.noise(6))
-        return cover(scene, 1 - 6 * np.abs(self.noise(20)), self.tones(SOIL), self.uniform(0, 0.8))  # gullies
+        return cover(
+            scene, 1 - 6 * np.abs(self.noise(20)), self.tones(SOIL), self.uniform(0, 0.8)
+        )  # gullies
 
     def pasture(self):
         at, border = self.parcels(*self.axes(2), self.uniform(18, 32), self.uniform(25, 50))
-        scene = at(self.tones(np.ones((1, 1), np.float32), 64, spread=0.05)) * self.tones(GREEN[:, 1:4])
+        scene = at(self.tones(np.ones((1, 1), np.float32), 64, spread=0.05)) * self.tones(
+            GREEN[:, 1:4]
+        )
         hedges = self.tones(0.65 * GREEN[:, :2])
-        return cover(scene * (1 + 0.03 * self.noise(12)), 1.8 - border, hedges, self.uniform(0.5, 0.9))
+        return cover(
+            scene * (1 + 0.03 * self.noise(12)), 1.8 - border, hedges, self.uniform(0.5, 0.9)
+        )
 
     def permanent_crop(self):
-        (u, v), spacing, rows = self.axes(1), self.uniform(4, 6), self.rng.integers(4, 9, (2, self.n, 1, 1))
+        (u, v), spacing, rows = (
+            self.axes(1),
+            self.uniform(4, 6),
+            self.rng.integers(4, 9, (2, self.n, 1, 1)),
+        )
         at, border = self.parcels(u, v, spacing * rows[0], spacing * rows[1])
-        vines = at(self.rng.random((self.n, 64)) < 0.4)  # rows without gaps, where an orchard has single trees
-        plants = np.cos(2 * np.pi * u / spacing) + np.where(vines, 0.5, np.cos(2 * np.pi * v / spacing))
+        vines = at(
+            self.rng.random((self.n, 64)) < 0.4
+        )  # rows without gaps, where an orchard has single trees
+        plants = np.cos(2 * np.pi * u / spacing) + np.where(
+            vines, 0.5, np.cos(2 * np.pi * v / spacing)
+        )
         soil = at(self.tones(np.hstack([SOIL, SOIL, GREEN[:, 3:]]), 64))
         return cover(soil, 0.8 * plants * (border > 1), self.tones(GREEN[:, :3]))
 
     def built_up(self, ground, roofs, size, margins, block):
         """Roofs on plots, some of which stay empty (the margin of 99), in blocks between streets."""
         u, v = self.axes(1)
-        at, border = self.parcels(u, v, self.uniform(*size), self.uniform(*size) * self.uniform(1, 1.6))
+        at, border = self.parcels(
+            u, v, self.uniform(*size), self.uniform(*size) * self.uniform(1, 1.6)
+        )
         street = self.parcels(u, v, self.uniform(*block), self.uniform(*block))[1]
-        scene = cover(self.tones(ground), self.noise(10), self.tones(GREEN)) * np.exp(0.1 * self.noise(2))
+        scene = cover(self.tones(ground), self.noise(10), self.tones(GREEN)) * np.exp(
+            0.1 * self.noise(2)
+        )
         margin = at(self.rng.choice(np.float32(margins), (self.n, 64)))
-        return cover(cover(scene, border - margin, at(self.tones(roofs, 64))), 1.5 - street, self.tones(GREY))
+        return cover(
+            cover(scene, border - margin, at(self.tones(roofs, 64))), 1.5 - street, self.tones(GREY)
+        )
 
     def industrial(self):
-        return self.built_up(GREY, ROOF[:, 1:], size=(12, 20), margins=(0.5, 1, 2, 3, 99), block=(30, 50))
+        return self.built_up(
+            GREY, ROOF[:, 1:], size=(12, 20), margins=(0.5, 1, 2, 3, 99), block=(30, 50)
+        )
 
     def residential(self):
-        return self.built_up(GREEN, 0.85 * ROOF, size=(4.5, 7), margins=(0.5, 0.8, 1, 99), block=(14, 26))
+        return self.built_up(
+            GREEN, 0.85 * ROOF, size=(4.5, 7), margins=(0.5, 0.8, 1, 99), block=(14, 26)
+        )
 
     def countryside(self):
         """Fields or pasture: what surrounds a road or a river should not give its class away."""
@@ -110,7 +159,10 @@ class LandPainter:
 
     def highway(self):
         scene, (u, v), curve = self.countryside(), self.axes(0), self.uniform(-0.008, 0.008)
-        for line in (u + curve * v**2, v + self.uniform(-70, 70)):  # the second crosses, if inside of the image
+        for line in (
+            u + curve * v**2,
+            v + self.uniform(-70, 70),
+        ):  # the second crosses, if inside of the image
             scene = cover(scene, self.uniform(2.5, 4) - np.abs(line), self.tones(GREY))
             scene = cover(scene, 1 - np.abs(line), self.tones(GREEN), 0.5)  # central reservation
         return scene
@@ -118,30 +170,66 @@ class LandPainter:
     def river(self):
         (u, v), width, land = self.axes(2), self.uniform(7, 13), self.countryside()
         offset = np.abs(u + self.uniform(2, 10) * np.sin(v / self.uniform(9, 20)))
-        return cover(cover(land, width + 2 - offset, self.tones(SOIL), 0.5), width - offset, self.tones(WATER))
+        return cover(
+            cover(land, width + 2 - offset, self.tones(SOIL), 0.5),
+            width - offset,
+            self.tones(WATER),
+        )
 
     def sea_lake(self):
         u, v = self.axes(3)
         waves = 0.03 * np.sin(u / self.uniform(0.6, 1.5)) + 0.04 * self.noise(40)
-        return cover(self.tones(WATER) * (1 + waves), v - self.uniform(15, 120), self.tones(SOIL))  # some have a shore
+        return cover(
+            self.tones(WATER) * (1 + waves), v - self.uniform(15, 120), self.tones(SOIL)
+        )  # some have a shore
 
     def photograph(self, scene):
         """Light, haze and sensor noise, which differ between images of a class."""
-        light = self.rng.normal(0, 0.12, (self.n, 1, 1)) + self.rng.normal(0, 0.03, (3, self.n, 1, 1))
-        scene = cover(scene * np.exp(light, dtype=np.float32), self.uniform(0, 0.2), np.float32(0.45))
+        light = self.rng.normal(0, 0.12, (self.n, 1, 1)) + self.rng.normal(
+            0, 0.03, (3, self.n, 1, 1)
+        )
+        scene = cover(
+            scene * np.exp(light, dtype=np.float32), self.uniform(0, 0.2), np.float32(0.45)
+        )
         scene += 0.008 * self.rng.standard_normal(scene.shape, np.float32)
         return np.ascontiguousarray((255 * scene.clip(0, 1)).astype(np.uint8).swapaxes(0, 1))
 
 
-PAINTERS = {"AnnualCrop": LandPainter.annual_crop, "Forest": LandPainter.forest,
-            "HerbaceousVegetation": LandPainter.herbaceous, "Highway": LandPainter.highway,
-            "Industrial": LandPainter.industrial, "Pasture": LandPainter.pasture,
-            "PermanentCrop": LandPainter.permanent_crop, "Residential": LandPainter.residential,
-            "River": LandPainter.river, "SeaLake": LandPainter.sea_lake}
+PAINTERS = {
+    "AnnualCrop": LandPainter.annual_crop,
+    "Forest": LandPainter.forest,
+    "HerbaceousVegetation": LandPainter.herbaceous,
+    "Highway": LandPainter.highway,
+    "Industrial": LandPainter.industrial,
+    "Pasture": LandPainter.pasture,
+    "PermanentCrop": LandPainter.permanent_crop,
+    "Residential": LandPainter.residential,
+    "River": LandPainter.river,
+    "SeaLake": LandPainter.sea_lake,
+}
 
 
 def draw_toysat(per_class: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Class-sorted images, uint8 (10 * per_class, 3, 64, 64), and labels; both arguments fully determine them."""
-    painters = [LandPainter(np.random.default_rng((seed, label)), per_class) for label in range(len(PAINTERS))]
-    images = [painter.photograph(paint(painter)) for painter, paint in zip(painters, PAINTERS.values())]
+    """Class-sorted images, uint8 (10 * per_class, 3, 64, 64), and their labels.
+
+    They follow from the arguments alone.
+    """
+    painters = [
+        LandPainter(np.random.default_rng((seed, label)), per_class)
+        for label in range(len(PAINTERS))
+    ]
+    images = [
+        painter.photograph(paint(painter)) for painter, paint in zip(painters, PAINTERS.values())
+    ]
     return np.concatenate(images), np.repeat(np.arange(len(PAINTERS)), per_class)
+
+
+def write_toysat(folder, per_class, seed=0):
+    """Write ToySAT as JPEGs in class folders below `folder`, shaped like EuroSAT's."""
+    images, labels = draw_toysat(per_class, seed)
+    names = tuple(PAINTERS)
+    for index, (image, label) in enumerate(zip(images, labels)):
+        name = names[label]
+        path = folder / name / f"{name}_{index % per_class + 1}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(path, quality=90)

@@ -1,0 +1,292 @@
+"""The command line of both scripts: its parser, the flags that they share, and the presets."""
+
+import argparse
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from datasets import DATASETS, IM_SIZE
+from networks import ALIASES
+from process import ReportedError
+from utils import DSA_STRATEGY
+
+# --------------------------------------------------------------------------------------------------
+# Types of arguments
+
+
+def boolean(text):
+    """MTT's booleans (`--dsa True`); argparse's `type=bool` would take "False" for true."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def number(kind, minimum, *, exclusive=False, below=math.inf):
+    """A type of numbers from `minimum` (above it, if `exclusive`) to less than `below`."""
+    what = "a whole number" if kind is int else "a number"
+    limit = f"{'more than' if exclusive else 'at least'} {minimum}"
+    if below < math.inf:
+        limit += f" and less than {below}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        in_range = minimum <= value < below  # false for NaN
+        if not in_range or (exclusive and value == minimum):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit}")
+        return value
+
+    return parse
+
+
+count = number(int, 1, below=2**31)
+positive = number(float, 0, exclusive=True, below=1e30)  # below: what float32 holds
+not_negative = number(float, 0, below=1e30)
+fraction = number(float, 0, below=1)
+
+
+def folder(text):
+    """A folder's path, `~` expanded: shells leave it alone after `--flag=`."""
+    return Path(os.path.expanduser(text))  # pathlib's raises an error for an unknown user
+
+
+def folder_name(text):
+    """The name of a run, which must not lead out of --log_dir."""
+    if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name of a folder in --log_dir: choose one without '/'"
+        )
+    return text
+
+
+def choice(names):
+    """A type of one of `names`."""
+
+    def parse(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def model(text):
+    """The full name of a network."""
+    return ALIASES.get(text, text)
+
+
+def strategy(text):
+    """A DSA strategy: groups of `DSA_STRATEGY`, joined by underscores."""
+    unknown = [group for group in text.split("_") if group not in DSA_STRATEGY.split("_")]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown group {unknown[0]!r}: join some of {DSA_STRATEGY} by underscores"
+        )
+    return text
+
+
+def wandb_name(text):
+    """A name that wandb takes."""
+    if not text or any(c in text for c in "/\\#?%:"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name on wandb: at least one character, none of /\\#?%:"
+        )
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# The parser
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wide enough that most flags take one line."""
+
+    def __init__(self, prog):
+        width = min(120, shutil.get_terminal_size((100, 24)).columns)
+        super().__init__(prog, max_help_position=34, width=width)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but flags have topics and layers, none may be abbreviated, and faults take a line.
+
+    `given` parses the command line, once, and knows only what it says. `complete` lays that over
+    other layers, the flags of a preset or of a saved run, and over the defaults.
+    """
+
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+            usage="%(prog)s [flags]",
+            argument_default=argparse.SUPPRESS,
+        )
+        self.topics = {}
+        self.types = {}
+        self.defaults = {}
+
+    def topic(self, title):
+        """A function that adds a flag under this title of the help."""
+        if title not in self.topics:
+            self.topics[title] = self.add_argument_group(title)
+        group = self.topics[title]
+
+        def add(flag, type, default, metavar, help):
+            name = flag.removeprefix("--")
+            self.types[name] = type
+            self.defaults[name] = default
+            if default is not None:
+                help += f" (default: {default})"
+            bare = {"nargs": "?", "const": True} if type is boolean else {}
+            group.add_argument(flag, type=type, metavar=metavar, help=help, **bare)
+
+        return add
+
+    def given(self):
+        """The flags on the command line, a dictionary."""
+        return vars(self.parse_args())
+
+    def complete(self, *layers):
+        """All flags as a namespace; of two layers (dictionaries), the later one wins."""
+        values = dict(self.defaults)
+        for layer in layers:
+            values |= layer
+        return argparse.Namespace(**values)
+
+    def checked(self, flags, source):
+        """Flags from a file, converted as on the command line.
+
+        Raises ReportedError, naming the file `source`, for those that it would not take.
+        """
+        values = {}
+        for name, value in flags.items():
+            try:
+                values[name] = None if value is None else self.types[name](str(value))
+            except (LookupError, ValueError, argparse.ArgumentTypeError) as error:
+                raise ReportedError(f"{source} is damaged (flag {name!r}: {error})") from None
+        return values
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags of both scripts
+
+
+def add_shared_flags(parser, batch_train):
+    """Add the flags of both scripts; `batch_train` is the script's own default batch size."""
+    has_cuda = torch.cuda.is_available()
+    add = parser.topic("data")
+    names = ", ".join(PRESETS)
+    add("--preset", choice(PRESETS), None, "NAME", f"settings by name, other flags win: {names}")
+    add("--dataset", choice(DATASETS), "EuroSAT", "NAME", ", ".join(DATASETS))
+    add("--data_path", folder, Path("data"), "DIR", "folder of the data set and of its caches")
+    side = number(int, 2, below=4097)
+    add("--im_size", side, None, "PIXELS", f"side of ImageFolder's images (default: {IM_SIZE})")
+    add("--zca", boolean, False, "BOOL", "ZCA whitening instead of normalisation by channel")
+    validation = "part of the training images to choose the best iteration on; 0: the test set"
+    add("--val_fraction", fraction, 0.1, "[0,1)", validation)
+    add("--buffer_path", folder, Path("buffers"), "DIR", "folder of the expert trajectories")
+
+    add = parser.topic("network and training")
+    add("--model", model, "ConvNet", "NAME", "ConvNet, its variants (ConvNetW32), MLP, ResNet18")
+    add("--lr_teacher", positive, 0.01, "RATE", "experts' learning rate, and where α starts")
+    add("--batch_train", count, batch_train, "IMAGES", "images per batch of a network's training")
+    add("--dsa", boolean, True, "BOOL", "differentiable Siamese augmentation; False: plain")
+    add("--dsa_strategy", strategy, DSA_STRATEGY, "GROUPS", "of which one is drawn per batch")
+
+    add = parser.topic("machine")
+    seed = number(int, 0, below=2**31)
+    add("--seed", seed, 0, "N", "everything random follows from it")
+    add("--device", str, "cuda" if has_cuda else "cpu", "NAME", "torch device")
+    add("--compile", boolean, True, "BOOL", "torch.compile experts, student and evaluation")
+    off = {"dest": "compile", "action": "store_false"}
+    parser.topics["machine"].add_argument("--no-compile", help="the same as --compile=False", **off)
+    add("--amp", boolean, False, "BOOL", "experts, student and evaluation in bfloat16")
+
+    add = parser.topic("Weights & Biases")
+    modes = choice(("online", "offline", "disabled"))
+    add("--wandb_mode", modes, None, "MODE", "online if logged in, else offline; or disabled")
+    add("--wandb_project", wandb_name, "DatasetDistillation", "NAME", "project")
+    add("--wandb_entity", wandb_name, None, "NAME", "user or team (default: yours)")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run is
+
+
+# Flags that say what a command does, and where.
+COMMANDS = {"log_dir", "run_name", "resume", "evaluate", "export", "preset"}
+# Flags that no result depends on, or that the digests of data and experts stand for.
+WITHOUT_EFFECT = {"data_path", "buffer_path", "im_size", "checkpoint_every", "device"}
+WITHOUT_EFFECT |= {"load_all", "skip_damaged", "force_save"}
+WITHOUT_EFFECT |= {"wandb_mode", "wandb_project", "wandb_entity"}
+
+
+def run_settings(args):
+    """The flags that a result depends on."""
+    left_out = COMMANDS | WITHOUT_EFFECT
+    if not args.dsa:
+        left_out |= {"dsa_strategy"}
+    if not args.texture:
+        left_out |= {"canvas_size", "canvas_samples"}
+    return {name: value for name, value in vars(args).items() if name not in left_out}
+
+
+def run_flags(args):
+    """The flags that `--resume` starts a run with, paths made absolute."""
+    flags = {name: value for name, value in vars(args).items() if name not in COMMANDS}
+    return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in flags.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Presets: docs/hyperparameters.md says where each comes from, and what it reached
+
+
+MTT_EXPERTS = {"num_experts": 100, "train_epochs": 50, "batch_train": 256, "lr_teacher": 0.01}
+EUROSAT_EXPERTS = {"num_experts": 20, "train_epochs": 8, "batch_train": 128, "lr_teacher": 0.01}
+
+# MTT's experts see all training images, and its best iteration is chosen on the test set.
+MTT_RULE = {"val_fraction": 0.0}
+CIFAR10 = {"dataset": "CIFAR10"} | MTT_RULE
+CIFAR100 = {"dataset": "CIFAR100"} | MTT_RULE
+TINY = {"dataset": "ImageFolder", "im_size": 64, "model": "ConvNetD4"} | MTT_RULE
+EUROSAT = {"dataset": "EuroSAT"}
+ZCA = {"zca": True}
+
+FLAGS = ("ipc", "syn_steps", "expert_epochs", "max_start_epoch", "lr_img", "lr_lr", "lr_teacher")
+FLAGS += ("batch_syn",)
+TABLE = {  # of both scripts, of the experts, of the distillation: values of FLAGS
+    "cifar10-1": (CIFAR10 | ZCA, MTT_EXPERTS, (1, 50, 2, 2, 100.0, 1e-7, 0.01)),
+    "cifar10-10": (CIFAR10 | ZCA, MTT_EXPERTS, (10, 30, 2, 20, 100.0, 1e-5, 0.001)),
+    "cifar10-50": (CIFAR10, MTT_EXPERTS, (50, 30, 2, 40, 1000.0, 1e-5, 0.001)),
+    "cifar100-1": (CIFAR100 | ZCA, MTT_EXPERTS, (1, 20, 3, 20, 1000.0, 1e-5, 0.01)),
+    "cifar100-10": (CIFAR100, MTT_EXPERTS, (10, 20, 2, 20, 1000.0, 1e-5, 0.01)),
+    "cifar100-50": (CIFAR100 | ZCA, MTT_EXPERTS, (50, 80, 2, 40, 1000.0, 1e-5, 0.01, 125)),
+    "eurosat-1": (EUROSAT, EUROSAT_EXPERTS, (1, 20, 2, 2, 10000.0, 1e-5, 0.02)),
+    "eurosat-10": (EUROSAT, EUROSAT_EXPERTS, (10, 20, 2, 4, 10000.0, 1e-5, 0.02)),
+    "eurosat-50": (EUROSAT, EUROSAT_EXPERTS, (50, 20, 2, 5, 10000.0, 1e-5, 0.02, 100)),
+    "tiny-1": (TINY, MTT_EXPERTS, (1, 10, 2, 10, 10000.0, 1e-4, 0.01)),
+    "tiny-10": (TINY, MTT_EXPERTS, (10, 20, 2, 40, 10000.0, 1e-4, 0.01, 200)),
+    "tiny-50": (TINY, MTT_EXPERTS, (50, 20, 2, 40, 10000.0, 1e-4, 0.01, 300)),
+}
+PRESETS = {
+    name: {"experts": data | experts, "distillation": data | dict(zip(FLAGS, values))}
+    for name, (data, experts, values) in TABLE.items()
+}
+
+
+def preset_flags(name, script):
+    """The flags of a preset (None: none) for a `script`, "experts" or "distillation"; printed."""
+    if name is None:
+        return {}
+    flags = PRESETS[name][script]
+    words = " ".join(f"--{key}={value}" for key, value in flags.items())
+    print(f"--preset={name}: {words}", flush=True)
+    return flags

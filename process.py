@@ -1,0 +1,211 @@
+"""What a script needs of the process that it runs in, from its first signal to its exit code."""
+
+import ctypes
+import logging
+import platform
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import kornia
+import numpy as np
+import torch
+import torchvision
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------------------
+# Faults, and the exit codes that they end in
+
+
+class ReportedError(Exception):
+    """A fault that the user can mend. `run_script` prints it as one line and exits with code 2."""
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT arrived. Made from the signal's number, and a note of what is saved."""
+
+
+def first_line(error):
+    """An exception's message, cut to one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that a GPU, or the machine, has run out of memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    messages = ("can't allocate memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in messages)
+
+
+def run_script(main, less_memory):
+    """Run a script's `main`, and turn what it raises into one line and an exit code.
+
+    A fault that the user can mend exits with 2, a signal with 128 + its number, as shells expect.
+    `less_memory` names the flags that help when memory runs out.
+    """
+    keep_freed_memory()
+    # Importing it warns that there is no CUDA toolkit, which nothing here needs.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        main()
+    except (ReportedError, OSError) as error:  # an OSError names its file, and what is wrong
+        code, text = 2, f"error: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code, text = 2, f"error: out of memory ({first_line(error)}): {less_memory}"
+    except (Stopped, KeyboardInterrupt) as error:
+        number, saved = error.args or (signal.SIGINT, "")
+        if not saved:
+            saved = "the same command starts again, or resumes what an earlier one has saved"
+        code, text = 128 + number, f"stopped by {signal.Signals(number).name}; {saved}"
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals
+
+
+class Stop:
+    """Within `with stop:`, SIGTERM and SIGINT leave a note, which `stop.check()` raises.
+
+    So a run ends between two iterations, not within one. A second signal ends it at once.
+    """
+
+    def __init__(self):
+        self.signal = None
+        self.handlers = {}
+
+    def __enter__(self):
+        self.signal = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs have it
+                self.handlers[number] = signal.signal(number, self.note)
+
+    def __exit__(self, *_):
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def check(self):
+        """Raise `Stopped` where a signal has arrived."""
+        if self.signal:
+            raise Stopped(self.signal, "")
+
+
+stop = Stop()  # one for the process, as signal handlers are
+
+
+# --------------------------------------------------------------------------------------------------
+# Progress
+
+
+def progress(iterable, **options):
+    """A tqdm bar on standard error where that is a terminal; elsewhere nothing."""
+    return tqdm(iterable, mininterval=1, disable=None, leave=False, **options)
+
+
+class Interval:
+    """`due()` is true once in so many seconds, and first after as many."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.last = time.monotonic()
+
+    def due(self):
+        if time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+def log_line(text):
+    """A line on standard error, unless that is a terminal, where bars show the same."""
+    if not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Device, memory, versions
+
+
+def check_device(name):
+    """The torch device called `name`. Raises ReportedError where it cannot be used."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()  # the meta device, for one, has no data to copy
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ReportedError(
+            f"--device={name} cannot be used ({first_line(error)}): try --device=cpu"
+        ) from None
+
+
+def has_bfloat16(device):
+    """Whether `device` has instructions for bfloat16.
+
+    Without them PyTorch emulates it, which is slower than float32: three times on an x86 processor
+    with AVX-512 but not its bfloat16 part, ten times without AVX-512.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_amp(amp, device):
+    """`amp` where `device` has bfloat16; elsewhere False, with a warning."""
+    if amp and not has_bfloat16(device):
+        warnings.warn(f"--amp: this {device.type} has no bfloat16; continuing in float32")
+        return False
+    return amp
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory: giving large tensors back costs a tenth of the time."""
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # no glibc: macOS, Windows, musl
+        return
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
+
+
+def peak_memory(device):
+    """The most memory that this process has held, in bytes: a GPU's on CUDA, else main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):  # not Linux
+        return None
+
+
+def versions():
+    """The versions that a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "kornia": kornia.__version__,
+        "numpy": np.__version__,
+    }

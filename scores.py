@@ -1,0 +1,85 @@
+"""Accuracies of evaluations: of one, and of all in a run."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+def spread(accuracies):
+    """Mean ± population standard deviation, in percent; one network has no spread."""
+    if not accuracies:
+        return ""
+    deviation = f" ± {np.std(accuracies):6.2%}" if len(accuracies) > 1 else ""
+    return f"{np.mean(accuracies):7.2%}{deviation}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies, in [0, 1], of the networks of one evaluation."""
+
+    val: list  # empty without a validation set
+    test: list
+    classes: list = field(default_factory=list)  # test accuracy per class, a list per network
+
+    def __str__(self):
+        return "   ".join(f"{spread(part):16}" for part in (self.val, self.test))
+
+    @property
+    def selection_accuracy(self):
+        """What the best iteration is chosen by: the validation set, or, without one, the test set.
+
+        The latter is MTT's rule.
+        """
+        return np.mean(self.val or self.test)
+
+
+def selection_accuracy(scores):
+    """The same for the `scores` of all networks, by name."""
+    return np.mean([score.selection_accuracy for score in scores.values()])
+
+
+class Evaluations:
+    """All evaluations of a run, oldest first."""
+
+    def __init__(self, rows=()):
+        self.rows = list(rows)
+
+    @property
+    def best(self):
+        """The evaluation with the highest selection accuracy, the first of several."""
+        return max(self.rows, key=lambda row: selection_accuracy(row["scores"]))
+
+    @property
+    def latest_is_best(self):
+        return self.best is self.rows[-1]
+
+    def has(self, iteration):
+        return any(row["iteration"] == iteration for row in self.rows)
+
+    def add(self, scores, syn_lr, losses, seconds):
+        """Take the evaluation after as many iterations as there are `losses`."""
+        recent = losses[self.rows[-1]["iteration"] if self.rows else 0 :]
+        row = {
+            "iteration": len(losses),
+            "syn_lr": syn_lr,
+            "loss": float(np.mean(recent)) if recent else None,  # mean since the last evaluation
+            "seconds": round(seconds, 1),
+            "scores": scores,
+        }
+        self.rows.append(row)
+
+
+def to_json(rows):
+    """Evaluations as dictionaries, lists and numbers only."""
+    return [
+        row | {"scores": {name: vars(scores) for name, scores in row["scores"].items()}}
+        for row in rows
+    ]
+
+
+def from_json(rows):
+    """What `to_json` was given."""
+    return [
+        row | {"scores": {name: Scores(**scores) for name, scores in row["scores"].items()}}
+        for row in rows
+    ]
