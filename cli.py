@@ -1,6 +1,8 @@
 """The command line of both scripts: its parser, the flags that they share, and the presets."""
 
 import argparse
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -161,11 +163,14 @@ class Parser(argparse.ArgumentParser):
     def checked(self, flags, source):
         """Flags from a file, converted as on the command line.
 
-        Raises ReportedError, naming the file `source`, for those that it would not take.
+        Raises ReportedError, naming the file `source`, for those that it would not take, and for
+        COMMANDS, which no run records.
         """
         values = {}
         for name, value in flags.items():
             try:
+                if name in COMMANDS:
+                    raise ValueError("no run records it")
                 values[name] = None if value is None else self.types[name](str(value))
             except (LookupError, ValueError, argparse.ArgumentTypeError) as error:
                 raise ReportedError(f"{source} is damaged (flag {name!r}: {error})") from None
@@ -243,6 +248,22 @@ def run_flags(args):
     """The flags that `--resume` starts a run with, paths made absolute."""
     flags = {name: value for name, value in vars(args).items() if name not in COMMANDS}
     return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in flags.items()}
+
+
+def default_name(settings):
+    """The name of a run's folder, from the `run_settings` of its flags and of its inputs."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    zca = "_zca" if settings["zca"] else ""
+    return f"{settings['model']}_ipc{settings['ipc']}{zca}_seed{settings['seed']}_{digest}"
+
+
+def wandb_flags(args):
+    """Where a run goes on Weights & Biases, as `report.Dashboard` takes it."""
+    return {
+        "mode": args.wandb_mode,
+        "project": args.wandb_project,
+        "entity": args.wandb_entity,
+    }
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,8 +12,6 @@ tensors, pictures, an animation, and results.json.
 On two cores of an AMD EPYC, 5000 iterations of ConvNetW32, evaluated every 500, take 1.7 hours.
 """
 
-import hashlib
-import json
 import math
 import time
 from contextlib import contextmanager
@@ -32,12 +30,12 @@ import report
 import trajectories
 import utils
 from cli import (
-    COMMANDS,
     Parser,
     add_shared_flags,
     boolean,
     choice,
     count,
+    default_name,
     folder,
     folder_name,
     not_negative,
@@ -45,6 +43,7 @@ from cli import (
     preset_flags,
     run_flags,
     run_settings,
+    wandb_flags,
 )
 from evaluation import EVAL_POOLS, Evaluator, random_real_baseline
 from preprocessing import Data, random_real
@@ -118,11 +117,11 @@ def parse_args():
     preset = preset_flags(given.get("preset"), "distillation")
     saved = {}
     if "resume" in given:
-        saved = saved_flags(parser, given["resume"])
+        saved = recorded_flags(parser, given["resume"])
         if not saved:
             parser.error(f"--resume={given['resume']}: no run was started there (no run.json)")
     elif evaluation.is_saved(what):
-        saved = saved_flags(parser, evaluation.saved_folder(what))
+        saved = recorded_flags(parser, evaluation.saved_folder(what))
         if saved and preset:
             parser.error(f"--preset={given['preset']}: the run has flags of its own: leave it out")
         saved["lr_teacher"] = evaluation.saved_step_size(what)  # None where it is not saved
@@ -130,11 +129,15 @@ def parse_args():
         saved = {"epoch_eval_train": 50}  # of real images, an epoch has far more steps
     args = parser.complete(preset, saved, given)
     if args.zca and args.texture:
-        parser.error(
-            "--zca and --texture exclude each other: whitening is fitted to whole images; "
-            "leave one out"
-        )
+        reason = "whitening is fitted to whole images; leave one out"
+        parser.error(f"--zca and --texture exclude each other: {reason}")
     return args
+
+
+def recorded_flags(parser, place):
+    """The flags of the run in a folder; none where there is no run, as beside MTT's images."""
+    record = files.read_run(place)
+    return parser.checked(record.flags, place / files.RUN_RECORD) if record else {}
 
 
 def check_commands(parser, given):
@@ -148,17 +151,6 @@ def check_commands(parser, given):
         parser.error("--evaluate='' names nothing: give a run's folder, images_*.pt, random, full")
     if "export" in given and not evaluation.is_saved(what):
         parser.error("--export needs --evaluate with a saved set")
-
-
-def saved_flags(parser, place):
-    """The flags of the run in a folder; none where there is no run, as beside MTT's images."""
-    record = files.read_run(place)
-    if record is None:
-        return {}
-    path = place / files.RUN_RECORD
-    if foreign := COMMANDS.intersection(record.flags):
-        raise ReportedError(f"{path} is damaged: no run records a flag {foreign.pop()!r}")
-    return parser.checked(record.flags, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,12 +174,9 @@ def load_inputs(args):
     student = make_student(args.model, form, compiler.amp, device)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
 
+    place = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     experts = trajectories.load_experts(
-        trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model),
-        student.shapes,
-        args.max_files,
-        args.max_experts,
-        args.skip_damaged,
+        place, student.shapes, args.max_files, args.max_experts, args.skip_damaged
     )
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
     experts.check_settings({"val_fraction": args.val_fraction})  # before minutes of whitening
@@ -374,7 +363,9 @@ def open_run(args, inputs, state):
         state.load(place / CHECKPOINT)
         dashboard = None
         if not state.finished:
-            dashboard = open_dashboard(args, place, record, state.syn_lr.device)
+            config = settings | {"device": args.device} | process.versions()
+            page = {"id": record.wandb_id, "name": place.resolve().name, "config": config}
+            dashboard = report.Dashboard(place, "Progress", **wandb_flags(args), **page)
         run = Run(place, settings, dashboard)
         try:
             with stop:
@@ -384,47 +375,6 @@ def open_run(args, inputs, state):
             dashboard.finish()
             saved = f"iteration {len(state.losses)} is saved: the same command resumes there"
             raise Stopped(stopped.args[0], saved) from None
-
-
-def default_name(settings):
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-    zca = "_zca" if settings["zca"] else ""
-    return f"{settings['model']}_ipc{settings['ipc']}{zca}_seed{settings['seed']}_{digest}"
-
-
-def open_dashboard(args, place, record, device):
-    return report.Dashboard(
-        place,
-        "Progress",
-        args.wandb_mode,
-        id=record.wandb_id,
-        name=place.resolve().name,
-        config=record.settings | {"device": str(device)} | process.versions(),
-        project=args.wandb_project,
-        entity=args.wandb_entity,
-    )
-
-
-def save_images(run, data, state):
-    """The synthetic images as a picture, and, where they are kept, as tensors."""
-    it = len(state.losses)
-    images, labels = state.image_syn.detach().cpu(), state.label_syn.cpu()
-    shown = report.clip(data.to_pixels(images))
-    grid = report.draw_grid(shown, labels, f"{run.title}, iteration {it}", data.classes)
-    report.save_picture(run.folder / f"grid_{it:06d}.png", grid)
-    if is_kept(run, state):
-        tags = [it, "best"] if state.evaluations.latest_is_best else [it]
-        evaluation.save_set(run.folder, tags, images, labels, state.syn_lr, data)
-
-
-def evaluation_log(run, data, state, force_save):
-    """What wandb logs of the latest evaluation, and where they are kept, of the images."""
-    log = report.evaluation_log(state.evaluations.rows)
-    if is_kept(run, state):
-        title = f"{run.title}, iteration {len(state.losses)}"
-        with_pictures = run.settings["ipc"] < 50 or force_save
-        log |= report.picture_log(state.image_syn, state.label_syn, data, title, with_pictures)
-    return log
 
 
 def finish(run, inputs, state):
@@ -437,23 +387,6 @@ def finish(run, inputs, state):
     state.finished = True
     state.save(run.checkpoint)
     print(report.closing_table(run, inputs, state), flush=True)
-
-
-def is_kept(run, state):
-    """Whether images are kept: of a new best, every 1000 iterations, and at the end."""
-    it = len(state.losses)
-    is_last = it == run.settings["Iteration"]
-    return state.evaluations.latest_is_best or it % 1000 == 0 or is_last
-
-
-def print_opening(run, inputs, state):
-    images, experts = len(state.label_syn), len(inputs.experts.members)
-    print(f"synthetic images: {images}, experts: {experts}; results in {run.folder}")
-    print(run.dashboard.place("the pictures and results.json show the same"))
-    if state.seconds_before:
-        it = len(state.losses)
-        print(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
-    print(report.EVALUATION_HEADER, flush=True)
 
 
 def check_finite(where, syn_lr, **values):
@@ -493,7 +426,7 @@ def main():
             print(f"finished before, at iteration {it}; to start from scratch, remove {run.folder}")
             print(report.closing_table(run, inputs, state))
             return
-        print_opening(run, inputs, state)
+        print(report.opening(run, inputs, state), flush=True)
         if args.load_all:
             experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
         if not state.baselines:
@@ -513,11 +446,11 @@ def main():
                 scores = evaluator(images, state.label_syn, alpha, (args.seed, it))
                 state.evaluations.add(scores, alpha, state.losses, state.seconds)
                 tqdm.write(report.evaluation_lines(state.evaluations.rows[-1]))
-                save_images(run, data, state)
+                report.save_images(run, data, state)
                 report.save_results(run, inputs, state)
                 if curves_due.due():  # drawing them takes half a second
                     report.save_curves(run, state)
-                log |= evaluation_log(run, data, state, args.force_save)
+                log |= report.evaluation_log(run, data, state, args.force_save)
             run.dashboard.log(log, step=it)
             if due or it % args.checkpoint_every == 0:
                 state.save(run.checkpoint)

@@ -238,20 +238,6 @@ def warn_of_diverged(name, networks, syn_lr):
 # Saved sets
 
 
-def save_set(folder, tags, image_syn, label_syn, syn_lr, data: Data):
-    """Write images, labels and α as bare tensors, once for each of `tags`.
-
-    images_{tag}.pt and labels_{tag}.pt are what MTT's tools read.
-    """
-    tensors = {"images": image_syn, "labels": label_syn, "syn_lr": syn_lr}
-    if data.zca:
-        tensors["images_zca"] = data.to_pixels(image_syn)
-    for name, tensor in tensors.items():
-        bare = tensor.detach().cpu().clone()
-        for tag in tags:
-            files.write_tensors(folder / f"{name}_{tag}.pt", bare)
-
-
 def is_saved(what):
     """Whether --evaluate names a saved set."""
     return what not in (None, "random", "full")

@@ -24,7 +24,16 @@ import process
 import report
 import trajectories
 import utils
-from cli import Parser, add_shared_flags, boolean, count, fraction, not_negative, preset_flags
+from cli import (
+    Parser,
+    add_shared_flags,
+    boolean,
+    count,
+    fraction,
+    not_negative,
+    preset_flags,
+    wandb_flags,
+)
 from process import ReportedError
 from utils import Augment, Compiler
 
@@ -191,7 +200,12 @@ def main():
             if seed is None:
                 break
             number, start = seed - args.seed, time.time()
-            dashboard = open_dashboard(args, folder, number, settings | training)
+            page = {
+                "name": f"expert {number}",
+                "config": settings | training | {"expert": number},
+                "group": f"experts {folder.parent.name}/{args.model}",
+            }
+            dashboard = report.Dashboard(folder, "Epoch", **wandb_flags(args), **page)
             trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
             dashboard.finish()
             place = dashboard.place("the .json beside each trajectory file has the curves")
@@ -207,19 +221,6 @@ def main():
     print(f"{len(here)} of {args.num_experts} experts are in {folder}{others}")
     if place:
         print(place)
-
-
-def open_dashboard(args, folder, number, settings):
-    return report.Dashboard(
-        folder,
-        "Epoch",
-        args.wandb_mode,
-        name=f"expert {number}",
-        config=settings | {"expert": number},
-        project=args.wandb_project,
-        entity=args.wandb_entity,
-        group=f"experts {folder.parent.name}/{args.model}",
-    )
 
 
 def print_expert(number, expert, name):

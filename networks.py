@@ -1,13 +1,14 @@
 """The networks of the experiments: ConvNet and its variants, MLP, ResNet18, VGG16.
 
-Every network maps images (B, channels, im_size, im_size) to logits (B, num_classes). Parameter names and their order
-are those of MTT's networks: trajectory files hold bare lists in this order, and can so be exchanged with MTT.
+Every network maps images (B, channels, im_size, im_size) to logits (B, num_classes). Parameter
+names and their order are those of MTT's networks: trajectory files are bare lists in this order,
+and can be exchanged with MTT.
 """
 
 from torch import nn
 from torch.nn import functional as F
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # MLP
 
 
@@ -26,7 +27,7 @@ class MLP(nn.Module):
         return self.fc_3(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ConvNet (Gidaris & Komodakis 2018; the network of all dataset-distillation papers)
 
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "leakyrelu": lambda: nn.LeakyReLU(0.01)}
@@ -43,7 +44,7 @@ NORMS = {  # each takes the feature map's channels and side length
 
 
 class ConvNet(nn.Module):
-    """`depth` blocks of [3×3 convolution → normalisation → activation → pooling by 2], then one linear layer."""
+    """`depth` blocks of [3×3 convolution → norm → activation → pooling by 2], a linear layer."""
 
     def __init__(
         self,
@@ -80,12 +81,12 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ResNet18 (He et al. 2016), in its CIFAR form: a 3×3 stem without pooling
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut; `norm` maps a number of channels to a normalisation layer."""
+    """Two 3×3 convolutions and a shortcut; `norm` makes the layer for so many channels."""
 
     def __init__(self, channels, planes, stride, norm):
         super().__init__()
@@ -107,7 +108,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Four stages of two basic blocks, 64 to 512 channels, average-pooled by 4 before the linear layer."""
+    """Four stages of two basic blocks, 64 to 512 channels, average-pooled by 4, a linear layer."""
 
     def __init__(self, channels, num_classes, im_size, *, norm="instance"):
         super().__init__()
@@ -135,7 +136,7 @@ class ResNet18(nn.Module):
         return self.classifier(F.avg_pool2d(x, 4).flatten(1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # VGG16 (Simonyan & Zisserman 2015), with one linear layer
 
 VGG16_WIDTHS = (
@@ -161,7 +162,7 @@ VGG16_WIDTHS = (
 
 
 class VGG16(nn.Module):
-    """Thirteen [3×3 convolution → instance norm → ReLU] in five stages, each ended by max-pooling."""
+    """Thirteen [3×3 convolution → instance norm → ReLU] in five stages, each max-pooled."""
 
     def __init__(self, channels, num_classes, im_size):
         super().__init__()
@@ -185,7 +186,7 @@ class VGG16(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks by name
 
 NETWORKS = {
@@ -213,10 +214,10 @@ ALIASES = {"ResNet": "ResNet18"}
 
 
 def get_network(name, channels, num_classes, im_size):
-    """Build a network by its name, with PyTorch's default initialisation drawn from the global generator.
+    """Build a network by its name, initialised by PyTorch's defaults from the global generator.
 
-    `im_size` is the side of the square images in pixels. Raises ValueError for an unknown name, or a side that does not
-    fit.
+    `im_size` is the side of the square images in pixels. Raises ValueError for an unknown name, and
+    for a side that does not fit.
     """
     name = ALIASES.get(name, name)
     if name not in NETWORKS:

@@ -49,6 +49,19 @@ def scores_table(scores, classes):
     return "\n".join(lines)
 
 
+def opening(run, inputs, state):
+    """What a run prints first."""
+    images, experts = len(state.label_syn), len(inputs.experts.members)
+    lines = [
+        f"synthetic images: {images}, experts: {experts}; results in {run.folder}",
+        run.dashboard.place("the pictures and results.json show the same"),
+    ]
+    if state.seconds_before:
+        it = len(state.losses)
+        lines.append(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
+    return "\n".join([*lines, EVALUATION_HEADER])
+
+
 def closing_table(run, inputs, state):
     """What networks learn from real images, from the distilled ones, and from all real ones."""
     best = state.evaluations.best
@@ -136,6 +149,32 @@ def draw_grid(images, labels, title, classes):
         row, column = divmod(place, columns)
         picture.paste(tile, (gap + column * cell_w, head + row * cell_h))
     return picture
+
+
+def save_images(run, data, state):
+    """A picture of the synthetic images, and where `is_kept`, their tensors."""
+    it = len(state.losses)
+    images = state.image_syn.detach().cpu()
+    labels = state.label_syn.cpu()
+    pixels = clip(data.to_pixels(images))
+    grid = draw_grid(pixels, labels, f"{run.title}, iteration {it}", data.classes)
+    save_picture(run.folder / f"grid_{it:06d}.png", grid)
+    if is_kept(run, state):
+        # Bare tensors: images_*.pt and labels_*.pt are what MTT's tools read.
+        tensors = {"images": images, "labels": labels, "syn_lr": state.syn_lr.detach().cpu()}
+        if data.zca:
+            tensors["images_zca"] = data.to_pixels(images)
+        tags = [it, "best"] if state.evaluations.latest_is_best else [it]
+        for name, tensor in tensors.items():
+            for tag in tags:
+                files.write_tensors(run.folder / f"{name}_{tag}.pt", tensor.clone())
+
+
+def is_kept(run, state):
+    """Whether images are kept: of a new best, every 1000 iterations, and at the end."""
+    it = len(state.losses)
+    is_last = it == run.settings["Iteration"]
+    return state.evaluations.latest_is_best or it % 1000 == 0 or is_last
 
 
 def save_picture(path, picture, **options):
@@ -294,7 +333,19 @@ def logged_in():
         return False
 
 
-def evaluation_log(rows):
+def evaluation_log(run, data, state, force_save):
+    """MTT's keys for the latest evaluation, and where they are kept, for the images."""
+    log = score_log(state.evaluations.rows)
+    if is_kept(run, state):
+        images, labels = state.image_syn.detach().cpu(), state.label_syn.cpu()
+        log["Pixels"] = wandb.Histogram(images)
+        if run.settings["ipc"] < 50 or force_save:
+            title = f"{run.title}, iteration {len(state.losses)}"
+            log |= picture_log(images, labels, data, title)
+    return log
+
+
+def score_log(rows):
     """MTT's keys for the latest of `rows`; `Loss` is the mean since the evaluation before."""
     log = {} if rows[-1]["loss"] is None else {"Loss": rows[-1]["loss"]}
     for network, scores in rows[-1]["scores"].items():
@@ -309,26 +360,17 @@ def evaluation_log(rows):
     return log
 
 
-def picture_log(image_syn, label_syn, data, title, with_pictures):
-    """MTT's keys for the images: a histogram, and with pictures the images, clipped and not.
-
-    With ZCA also the images with whitening undone.
-    """
-    images, labels = image_syn.detach().cpu(), label_syn.cpu()
-    log = {"Pixels": wandb.Histogram(images)}
-    if not with_pictures:
-        return log
-    log["Synthetic_Pixels"] = log["Pixels"]
+def picture_log(images, labels, data, title):
+    """MTT's keys for pictures of the images, clipped and not; with ZCA also whitening undone."""
+    log = {"Synthetic_Pixels": wandb.Histogram(images)}
     views = {"Synthetic": images}
     if data.zca:
         views["Reconstructed"] = data.to_pixels(images)
         log["Reconstructed_Pixels"] = wandb.Histogram(views["Reconstructed"])
     names = ", ".join(dict.fromkeys(data.classes[label] for label in labels))
     for name, view in views.items():
-        for key, shown in (
-            (f"{name}_Images", view),
-            (f"Clipped_{name}_Images/std_2.5", clip(view)),
-        ):
+        keys = {f"{name}_Images": view, f"Clipped_{name}_Images/std_2.5": clip(view)}
+        for key, shown in keys.items():
             grid = draw_grid(shown, labels, title, data.classes)
             log[key] = wandb.Image(grid, caption=f"{title}: {names}")
     return log

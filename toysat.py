@@ -1,12 +1,13 @@
-"""ToySAT, a drawn stand-in for EuroSAT: the same ten classes, told apart by form and texture more than by colour.
+"""ToySAT, a drawn stand-in for EuroSAT: the same ten classes, told apart by form more than colour.
 
-It needs no download, and trains in seconds. `draw_toysat` draws all of it; everything else serves that function.
+It needs no download, and trains in seconds. `draw_toysat` draws it; all else serves that function.
 """
 
 import numpy as np
 from PIL import Image
 
-# Palettes, one colour (R, G, B) per column. Classes share them on purpose, so that mean colour alone tells few apart.
+# Palettes, one colour (R, G, B) per column. Classes share them, so that mean colour alone tells few
+# of them apart.
 SOIL = np.array(
     [[0.46, 0.40, 0.38], [0.56, 0.46, 0.42], [0.66, 0.53, 0.45], [0.52, 0.47, 0.38]], np.float32
 ).T
@@ -35,7 +36,7 @@ def cover(scene, mask, colour, opacity=1.0):
 
 
 class LandPainter:
-    """Paints n images of a class at once: scenes are (3, n, 64, 64), masks and coordinates (n, 64, 64)."""
+    """Paints n images of a class at once: scenes (3, n, 64, 64), masks, coordinates (n, 64, 64)."""
 
     def __init__(self, rng, n):
         self.rng, self.n = rng, n
@@ -44,7 +45,7 @@ class LandPainter:
         return self.rng.uniform(low, high, (self.n, 1, 1)).astype(np.float32)
 
     def tones(self, palette, *shape, spread=0.1):
-        """Colours of a palette, at random and varied in brightness: one per image, or a table (3, n, *shape)."""
+        """Random colours of a palette, varied in brightness: one per image, or (3, n, *shape)."""
         shape = (self.n, *(shape or (1, 1)))
         brightness = np.exp(spread * self.rng.standard_normal(shape, np.float32))
         return palette[:, self.rng.integers(palette.shape[1], size=shape)] * brightness
@@ -60,14 +61,14 @@ class LandPainter:
         return field / field.std((1, 2), keepdims=True)
 
     def axes(self, bend):
-        """Pixel coordinates (u, v) in randomly turned and shifted frames; `bend` makes their straight lines wander."""
+        """Pixel coordinates (u, v) in random frames; `bend` makes straight lines wander."""
         y, x = np.mgrid[:64, :64].astype(np.float32)
         x, y, angle = x - self.uniform(16, 48), y - self.uniform(16, 48), self.uniform(0, 2 * np.pi)
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         return u + bend * self.noise(30), v + bend * self.noise(30)
 
     def parcels(self, u, v, width, length):
-        """Divide land like brickwork. Returns a look-up into tables (..., n, 64), and pixels to the nearest border."""
+        """Land as brickwork: a look-up into tables (..., n, 64), and pixels to a border."""
         image = np.arange(self.n)[:, None, None]
         row, across = np.divmod(u / width, 1)
         row = row.astype(int) % 8
@@ -129,7 +130,7 @@ class LandPainter:
         return cover(soil, 0.8 * plants * (border > 1), self.tones(GREEN[:, :3]))
 
     def built_up(self, ground, roofs, size, margins, block):
-        """Roofs on plots, some of which stay empty (the margin of 99), in blocks between streets."""
+        """Roofs on plots, some of them empty (a margin of 99), in blocks between streets."""
         u, v = self.axes(1)
         at, border = self.parcels(
             u, v, self.uniform(*size), self.uniform(*size) * self.uniform(1, 1.6)
@@ -210,10 +211,7 @@ PAINTERS = {
 
 
 def draw_toysat(per_class: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Class-sorted images, uint8 (10 * per_class, 3, 64, 64), and their labels.
-
-    They follow from the arguments alone.
-    """
+    """Images, uint8 (10 * per_class, 3, 64, 64), sorted by class, and labels: a pure function."""
     painters = [
         LandPainter(np.random.default_rng((seed, label)), per_class)
         for label in range(len(PAINTERS))
