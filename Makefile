@@ -1,12 +1,15 @@
-# make quickstart   both scripts on ToySAT, the drawn stand-in for EuroSAT: about 5 minutes on 2 CPU cores
-# make test         the tests: about 18 minutes on 2 CPU cores
-# make bench        time and memory of the engine; PEER=DIR: beside MTT's own loop, from a checkout: about 25 minutes
+# make quickstart   both scripts on ToySAT, the drawn stand-in for EuroSAT
+# make test         style and tests, on all cores up to four
+# make soak         what takes too long for every change: real kills, full-size engines and whitening
+# make bench        time and memory of the engine; PEER=DIR: beside MTT's own loop, from a checkout
 #
-# All first make a virtual environment in .venv from requirements.txt, once. PYTHON chooses the interpreter (3.10 to 3.13).
+# All first make a virtual environment in .venv from requirements.txt, once. PYTHON chooses the
+# interpreter (3.10 to 3.13).
 
 PYTHON ?= python3
 VENV := .venv
 TOYSAT := --dataset=ToySAT --model=ConvNetW32 --data_path=quickstart --buffer_path=quickstart/buffers
+WORKERS := --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python expert_trajectories.py $(TOYSAT) --num_experts=3 --train_epochs=6 --batch_train=32 --amp
@@ -14,8 +17,12 @@ quickstart: $(VENV)/installed
 		--lr_img=3000 --lr_teacher=0.02 --Iteration=120 --eval_it=120 --epoch_eval_train=300 --amp --log_dir=quickstart/logged_files
 
 test: $(VENV)/installed
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -ra
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -ra $(WORKERS)
+
+soak: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -ra $(WORKERS) tests/soak
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python tests/benchmarks/bench.py $(if $(PEER),--peer $(PEER))
@@ -25,4 +32,4 @@ $(VENV)/installed: requirements.txt
 	$(VENV)/bin/pip install --requirement requirements.txt
 	touch $@
 
-.PHONY: quickstart test bench
+.PHONY: quickstart test soak bench

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import cli
 import datasets
 import evaluation
 import files
@@ -29,22 +30,7 @@ import process
 import report
 import trajectories
 import utils
-from cli import (
-    Parser,
-    add_shared_flags,
-    boolean,
-    choice,
-    count,
-    default_name,
-    folder,
-    folder_name,
-    not_negative,
-    number,
-    preset_flags,
-    run_flags,
-    run_settings,
-    wandb_flags,
-)
+from cli import Parser, boolean, choice, count, folder, folder_name, not_negative, number
 from evaluation import EVAL_POOLS, Evaluator, random_real_baseline
 from preprocessing import Data, random_real
 from process import ReportedError, Stopped, stop
@@ -108,13 +94,14 @@ def add_flags(parser):
 def parse_args():
     """The flags of this run: given ones win over a saved run's, a preset's, and the defaults."""
     parser = Parser(__doc__.splitlines()[0])
-    add_shared_flags(parser, batch_train=256)
+    cli.add_shared_flags(parser, batch_train=256)
     add_flags(parser)
     given = parser.given()
     check_commands(parser, given)
 
+    # A saved run brings its own flags, so that evaluating or resuming it needs no others.
     what = given.get("evaluate")
-    preset = preset_flags(given.get("preset"), "distillation")
+    preset = cli.preset_flags(given.get("preset"), "distillation")
     saved = {}
     if "resume" in given:
         saved = recorded_flags(parser, given["resume"])
@@ -124,7 +111,8 @@ def parse_args():
         saved = recorded_flags(parser, evaluation.saved_folder(what))
         if saved and preset:
             parser.error(f"--preset={given['preset']}: the run has flags of its own: leave it out")
-        saved["lr_teacher"] = evaluation.saved_step_size(what)  # None where it is not saved
+        # Its α is what the images were learned for; None where it is not saved, as by MTT.
+        saved["lr_teacher"] = evaluation.saved_step_size(what)
     elif what == "full":
         saved = {"epoch_eval_train": 50}  # of real images, an epoch has far more steps
     args = parser.complete(preset, saved, given)
@@ -167,6 +155,7 @@ class Inputs(NamedTuple):
 
 def load_inputs(args):
     """Data, experts and networks, each checked before what takes longer to load."""
+    # Milliseconds: what is known from the flags alone.
     device = process.check_device(args.device)
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     batch_syn_of(args, form)
@@ -174,14 +163,16 @@ def load_inputs(args):
     student = make_student(args.model, form, compiler.amp, device)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
 
+    # Seconds: memory-mapped, of which only the segments that can be drawn are read.
     place = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     experts = trajectories.load_experts(
         place, student.shapes, args.max_files, args.max_experts, args.skip_damaged
     )
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
-    experts.check_settings({"val_fraction": args.val_fraction})  # before minutes of whitening
+    experts.check_settings({"val_fraction": args.val_fraction})
     experts = experts.check_segments(args.max_start_epoch, args.expert_epochs, args.skip_damaged)
 
+    # Minutes, where images are whitened for the first time.
     data = datasets.load_data(
         args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
     )
@@ -231,6 +222,7 @@ def initial_images(data: Data, ipc, pix_init, canvas_size, generator):
     if pix_init == "noise":
         side = canvas_size * data.form.im_size
         return torch.randn(len(label_syn), 3, side, side, generator=generator), label_syn
+    # A canvas of the texture mode is tiled with real images, other ones in each place.
     rows = []
     for _ in range(canvas_size):
         tiles = [random_real(data, ipc, generator)[0] for _ in range(canvas_size)]
@@ -257,7 +249,8 @@ class State:
         images, labels = initial_images(data, args.ipc, args.pix_init, canvas_size, self.random)
         self.image_syn = images.to(device).requires_grad_(True)
         self.label_syn = labels.to(device)
-        self.syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)
+        self.syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # ()
+        # One optimiser with two rates does what MTT's two do.
         groups = [
             {"params": [self.image_syn], "lr": args.lr_img},
             {"params": [self.syn_lr], "lr": args.lr_lr},
@@ -276,8 +269,8 @@ class State:
 
     def step(self, loss, grad_image, grad_lr):
         """Move images and α along the gradients of this loss."""
-        self.image_syn.grad = grad_image
-        self.syn_lr.grad = grad_lr
+        self.image_syn.grad = grad_image  # (K, 3, S, S)
+        self.syn_lr.grad = grad_lr  # ()
         self.optimizer.step()
         self.losses.append(loss.item())  # waits for the device
 
@@ -301,6 +294,7 @@ class State:
         """Go back to what `save` wrote, if it did. Raises ReportedError for a damaged file."""
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
+            # Copied in place: the optimiser refers to these tensors.
             self.image_syn.copy_(content["images"])
             self.label_syn.copy_(content["labels"])
             self.syn_lr.copy_(content["syn_lr"])
@@ -312,7 +306,7 @@ class State:
             self.seconds_before = content["seconds"]
             self.finished = content["finished"]
         except FileNotFoundError:
-            pass
+            pass  # a new run
         except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
             raise ReportedError(
                 f"{path} is damaged ({process.first_line(error)}): remove it, and the run starts "
@@ -332,10 +326,6 @@ class Run(NamedTuple):
     dashboard: report.Dashboard | None  # None: it is finished
 
     @property
-    def checkpoint(self):
-        return self.folder / CHECKPOINT
-
-    @property
     def title(self):
         return f"{self.settings['dataset']}, {self.settings['model']}"
 
@@ -347,31 +337,34 @@ def open_run(args, inputs, state):
     A signal saves a checkpoint. Raises ReportedError where the folder has another run, or another
     process works on this one.
     """
-    settings = run_settings(args) | {
+    # What the machine and the inputs have made of the flags.
+    settings = cli.run_settings(args) | {
         "amp": inputs.compiler.amp,
         "batch_syn": batch_syn_of(args, inputs.data.form),
         "data": inputs.data.settings["digest"],
         "experts": inputs.experts.digest(),
     }
-    place = args.resume or args.log_dir / args.dataset / (args.run_name or default_name(settings))
+    place = args.resume or args.log_dir / args.dataset / (
+        args.run_name or cli.default_name(settings)
+    )
     with files.locked(place, wait=False) as mine:
         if not mine:
             raise ReportedError(
                 f"another process is working on the run in {place}: use another --run_name"
             )
-        record = files.start_run(place, settings, run_flags(args))
+        record = files.start_run(place, settings, cli.run_flags(args))
         state.load(place / CHECKPOINT)
-        dashboard = None
+        dashboard = None  # a finished run logs nothing more
         if not state.finished:
             config = settings | {"device": args.device} | process.versions()
             page = {"id": record.wandb_id, "name": place.resolve().name, "config": config}
-            dashboard = report.Dashboard(place, "Progress", **wandb_flags(args), **page)
+            dashboard = report.Dashboard(place, "Progress", **cli.wandb_flags(args), **page)
         run = Run(place, settings, dashboard)
         try:
-            with stop:
+            with stop:  # from here on, a signal waits for `stop.check`
                 yield run
         except Stopped as stopped:
-            state.save(run.checkpoint)
+            state.save(run.folder / CHECKPOINT)
             dashboard.finish()
             saved = f"iteration {len(state.losses)} is saved: the same command resumes there"
             raise Stopped(stopped.args[0], saved) from None
@@ -382,10 +375,11 @@ def finish(run, inputs, state):
     report.save_results(run, inputs, state)
     report.save_curves(run, state)
     report.save_animation(run.folder)
+    # Last of all: what is killed before it, the next start makes again.
     summary = report.run_summary(state.evaluations, state.seconds, state.syn_lr.device)
     run.dashboard.finish(**summary)
     state.finished = True
-    state.save(run.checkpoint)
+    state.save(run.folder / CHECKPOINT)
     print(report.closing_table(run, inputs, state), flush=True)
 
 
@@ -408,26 +402,26 @@ def check_finite(where, syn_lr, **values):
 def main():
     args = parse_args()
     if args.evaluate:
-        evaluation.evaluate_saved(args, run_settings(args))
+        evaluation.evaluate_saved(args, cli.run_settings(args))
         return
+
+    # Everything that can be refused is, before anything is written.
     inputs = load_inputs(args)
     data, experts, evaluator = inputs.data, inputs.experts, inputs.evaluator
     device = data.train[0].device
     state = State(args, data)
     augment = student_augment(args, data.form)
-    labelled = partial(augment, labels=state.label_syn)
-    unroll = UNROLLS[args.unroll](inputs.student, labelled, inputs.compiler.function)
+    make_batch = partial(augment, labels=state.label_syn)
+    unroll = UNROLLS[args.unroll](inputs.student, make_batch, inputs.compiler.function)
     batch_syn = batch_syn_of(args, data.form)
     curves_due, line_due = process.Interval(60), process.Interval(60)
 
     with open_run(args, inputs, state) as run:
+        print(report.opening(run, inputs, state), flush=True)
         if state.finished:
-            it = len(state.losses)
-            print(f"finished before, at iteration {it}; to start from scratch, remove {run.folder}")
             print(report.closing_table(run, inputs, state))
             return
-        print(report.opening(run, inputs, state), flush=True)
-        if args.load_all:
+        if args.load_all:  # otherwise each segment is read from the disk, 3 MB of ConvNet
             experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
         if not state.baselines:
             baseline = random_real_baseline(evaluator, args.ipc, args.lr_teacher, args.seed)
@@ -436,7 +430,7 @@ def main():
         iterations = range(len(state.losses), args.Iteration + 1)
         for it in process.progress(iterations, desc="distilling", unit="iterations"):
             stop.check()
-            alpha = state.syn_lr.item()
+            alpha = state.syn_lr.item()  # waits for the device, once per iteration
             log = {"Progress": it, "Synthetic_LR": alpha}
 
             # Evaluate before the update, as MTT does: iteration 0 is what the images start from.
@@ -453,7 +447,7 @@ def main():
                 log |= report.evaluation_log(run, data, state, args.force_save)
             run.dashboard.log(log, step=it)
             if due or it % args.checkpoint_every == 0:
-                state.save(run.checkpoint)
+                state.save(run.folder / CHECKPOINT)
             if it == args.Iteration:
                 break
 
@@ -461,7 +455,7 @@ def main():
             begin = time.perf_counter()
             expert = int(torch.randint(len(experts.members), (1,), generator=state.random))
             start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=state.random))
-            theta_start, theta_target = experts.segment(
+            theta_start, theta_target = experts.segment(  # θ*_t and θ*_{t+M}, (P,) each
                 expert, start_epoch, args.expert_epochs, device
             )
             batches = utils.draw_batches(
@@ -469,7 +463,7 @@ def main():
             )
             batches = utils.to_device(batches, device)
 
-            # Unroll the student, and follow the exact gradients of the matching loss.
+            # Unroll the student from θ*_t, and differentiate its distance to θ*_{t+M}.
             loss, grad_image, grad_lr = unroll(
                 theta_start, theta_target, state.image_syn, state.syn_lr, batches
             )
@@ -477,6 +471,8 @@ def main():
             where += f"matching loss {loss:.4g})"
             gradients = {"∂L/∂images": grad_image, "∂L/∂α": grad_lr}
             check_finite(where, state.syn_lr, loss=loss, **gradients)
+
+            # Follow the gradients. α may leave the positive numbers, MTT's commonest failure.
             state.step(loss, grad_image, grad_lr)
             check_finite(where, state.syn_lr, images=state.image_syn)
 

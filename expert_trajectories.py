@@ -61,6 +61,7 @@ def train_expert(args, data, compiler, seed, dashboard):
     Raises ReportedError where it diverges.
     """
     device = data.train[0].device
+    # Initial weights, order of the images and augmentation all follow from the seed.
     random = utils.make_generator("expert", seed)
     network = utils.initial_network(args.model, data.form, random, device)
     forward = compiler(network)
@@ -68,17 +69,20 @@ def train_expert(args, data, compiler, seed, dashboard):
     optimizer = sgd(args, network, args.lr_teacher)
     line_due = process.Interval(60)
 
-    trajectory = [snapshot(network)]
+    trajectory = [snapshot(network)]  # epochs + 1 in the end
     curves = {"loss": [], "train_accuracy": [], "test_accuracy": []}
     for epoch in range(1, args.train_epochs + 1):
+        # All of an epoch is drawn first: it takes one copy to the device, not one per step.
         images, labels = data.train
         batches = utils.draw_batches(len(images), args.batch_train, None, augment, random)
         batches = utils.to_device(batches, device)
         bar = process.progress(batches, desc=f"seed {seed}, epoch {epoch}", unit="batches")
+        # Loss and accuracy are those of the augmented images, as they were trained on.
         loss, accuracy = utils.train_epoch(forward, optimizer, images, labels, augment, bar)
         test_accuracy, _ = utils.accuracy(network, forward, *data.test, args.batch_train)
 
         trajectory.append(snapshot(network))
+        # A student would match NaN for hours without a word.
         if not (loss.isfinite() and all(p.isfinite().all() for p in trajectory[-1])):
             raise ReportedError(
                 f"an expert diverged in epoch {epoch}: lower --lr_teacher={args.lr_teacher} or "
@@ -133,6 +137,7 @@ def seeds_in(folder, settings, read=trajectories.read_record):
     Raises ReportedError where they were made with other `settings`.
     """
     seeds = set()
+    # No lock: a file that is there has a record, and neither changes.
     for path in trajectories.expert_files(folder):
         record = read(path)
         if record is None:
@@ -151,6 +156,7 @@ def claim(folder, settings, seeds):
     The expert belongs to this process until the end of the block, or until the process dies.
     """
     done = seeds_in(folder, settings)
+    # Another process may train any of the others, now or on another machine.
     for seed in (seed for seed in seeds if seed not in done):
         with files.locked(folder, f".expert_{seed}.lock", wait=False) as mine:
             if mine and seed not in seeds_in(folder, settings):  # finished in between
@@ -174,24 +180,27 @@ def main():
     device = process.check_device(args.device)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
-    utils.initial_network(args.model, form, utils.make_generator(0), device)  # or an error, now
+    # An unknown network is refused here, before the data are loaded.
+    utils.initial_network(args.model, form, utils.make_generator(0), device)
 
+    # Experts of other settings are refused before minutes of whitening, as far as flags can tell.
     training = training_settings(args, compiler.amp)
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
-    seeds_in(folder, training | {"val_fraction": args.val_fraction})  # before minutes of whitening
+    seeds_in(folder, training | {"val_fraction": args.val_fraction})
     data = datasets.load_data(
         args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
     )
     settings = data.settings | {"model": args.model}
     record = {"settings": settings, "training": training, "versions": process.versions()}
 
-    folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found out now
+    # A folder that cannot be written is found out before any training.
+    folder.mkdir(parents=True, exist_ok=True)
     wanted = range(args.seed, args.seed + args.num_experts)
+    # Checksums are verified once, here: it takes a second per gigabyte.
     here = seeds_in(folder, settings | training, read=verified).intersection(wanted)
-    sizes = (
-        f"{len(data.train[1])} training, {len(data.val[1])} validation, {len(data.test[1])} test"
-    )
-    print(f"{sizes} images of {form.num_classes} classes; ", end="")
+    train, val, test = (len(labels) for _, labels in (data.train, data.val, data.test))
+    print(f"{train} training, {val} validation, {test} test images ", end="")
+    print(f"of {form.num_classes} classes; ", end="")
     print(f"{len(here)} of {args.num_experts} experts are in {folder}", flush=True)
 
     place = None
@@ -199,21 +208,23 @@ def main():
         with claim(folder, settings | training, wanted) as seed:
             if seed is None:
                 break
-            number, start = seed - args.seed, time.time()
+            number = seed - args.seed
             page = {
                 "name": f"expert {number}",
                 "config": settings | training | {"expert": number},
                 "group": f"experts {folder.parent.name}/{args.model}",
             }
             dashboard = report.Dashboard(folder, "Epoch", **wandb_flags(args), **page)
+            start = time.time()
             trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
+            seconds = round(time.time() - start, 1)
             dashboard.finish()
             place = dashboard.place("the .json beside each trajectory file has the curves")
 
-            seconds = round(time.time() - start, 1)
             expert = {"seed": seed, "seconds": seconds} | curves
             path = trajectories.expert_path(folder, number)
-            with files.locked(folder):  # which removes what killed processes were writing
+            # Writers take turns, since whoever has the lock removes what killed ones have left.
+            with files.locked(folder):
                 trajectories.save_expert(path, trajectory, record | {"expert": expert})
             print_expert(number, expert, path.name)
     here = seeds_in(folder, settings | training).intersection(wanted)

@@ -51,13 +51,15 @@ def scores_table(scores, classes):
 
 def opening(run, inputs, state):
     """What a run prints first."""
+    it = len(state.losses)
+    if state.finished:
+        return f"finished before, at iteration {it}; to start from scratch, remove {run.folder}"
     images, experts = len(state.label_syn), len(inputs.experts.members)
     lines = [
         f"synthetic images: {images}, experts: {experts}; results in {run.folder}",
         run.dashboard.place("the pictures and results.json show the same"),
     ]
     if state.seconds_before:
-        it = len(state.losses)
         lines.append(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
     return "\n".join([*lines, EVALUATION_HEADER])
 
