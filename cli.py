@@ -193,18 +193,32 @@ def add_shared_flags(parser, batch_train):
     add("--dataset", choice(DATASETS), "EuroSAT", "NAME", ", ".join(DATASETS))
     add("--data_path", folder, Path("data"), "DIR", "folder of the data set and of its caches")
     side = number(int, 2, below=4097)
-    add("--im_size", side, None, "PIXELS", f"side of ImageFolder's images (default: {IM_SIZE})")
+    add(
+        "--im_size",
+        side,
+        None,
+        "PIXELS",
+        f"side of ImageFolder's and ToySAT's images (default: {IM_SIZE})",
+    )
     add("--zca", boolean, False, "BOOL", "ZCA whitening instead of normalisation by channel")
     validation = "part of the training images to choose the best iteration on; 0: the test set"
     add("--val_fraction", fraction, 0.1, "[0,1)", validation)
     add("--buffer_path", folder, Path("buffers"), "DIR", "folder of the expert trajectories")
 
     add = parser.topic("network and training")
-    add("--model", model, "ConvNet", "NAME", "ConvNet, its variants (ConvNetW32), MLP, ResNet18")
+    add(
+        "--model", model, "ConvNet", "NAME", "ConvNet, a variant (ConvNetW32), MLP, ResNet18, VGG16"
+    )
     add("--lr_teacher", positive, 0.01, "RATE", "experts' learning rate, and where α starts")
     add("--batch_train", count, batch_train, "IMAGES", "images per batch of a network's training")
     add("--dsa", boolean, True, "BOOL", "differentiable Siamese augmentation; False: plain")
-    add("--dsa_strategy", strategy, DSA_STRATEGY, "GROUPS", "of which one is drawn per batch")
+    add(
+        "--dsa_strategy",
+        strategy,
+        DSA_STRATEGY,
+        "GROUPS",
+        "DSA groups, one of which is drawn per batch",
+    )
 
     add = parser.topic("machine")
     seed = number(int, 0, below=2**31)

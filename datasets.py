@@ -15,9 +15,8 @@ from typing import NamedTuple
 import kornia
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torch.nn import functional as F
 
 import files
 from preprocessing import ZCA_EPS, Data, Form, channel_statistics, fit_zca, split_dataset
@@ -33,6 +32,13 @@ class Images(NamedTuple):
     digest: str  # tells one data set from another in records
     classes: tuple  # names, by label
     num_test: int | None = None  # images of an official test set, which come last
+
+
+def torchvision_datasets():
+    """torchvision's data sets, imported where they are needed: it takes a third of the start."""
+    from torchvision import datasets
+
+    return datasets
 
 
 def data_digest(images, labels, num_test=None):
@@ -193,7 +199,7 @@ def download_eurosat(data_path):
     """Let torchvision fetch and unpack EuroSAT into `2750/` below `data_path`, which it returns."""
     data_path.mkdir(parents=True, exist_ok=True)
     with scratch_folder(data_path) as scratch:
-        torchvision.datasets.EuroSAT(scratch, download=True)
+        torchvision_datasets().EuroSAT(scratch, download=True)
         unpacked = Path(scratch) / "eurosat" / "2750"
         return unpacked.rename(data_path / "2750")  # whole or not at all
 
@@ -262,21 +268,25 @@ def list_jpegs(folder, name):
 # ToySAT, CIFAR
 
 
-def load_toysat(data_path, per_class=300):
+def load_toysat(data_path, im_size=IM_SIZE, per_class=300):
     """`Images` of ToySAT, a drawn stand-in for EuroSAT; `data_path` is not read."""
     images, labels = map(torch.from_numpy, draw_toysat(per_class))
     # A version in place of a digest, since a sine's last bit differs between processors. Raise it
     # with every change of the drawing, so that older experts and caches do not fit.
-    return Images(images, labels, f"toysat-1-{per_class}", CLASS_NAMES)
+    version = f"toysat-1-{per_class}"
+    if im_size != IM_SIZE:
+        images = F.interpolate(images.float(), size=im_size, mode="area").round().byte()
+        version += f"-{im_size}"
+    return Images(images, labels, version, CLASS_NAMES)
 
 
-def load_cifar(dataset, data_path):
-    """`Images`, 32×32, of CIFAR-10 or CIFAR-100, as the torchvision class `dataset` reads them.
+def load_cifar(name, data_path):
+    """`Images`, 32×32, of "CIFAR10" or "CIFAR100", as torchvision reads them.
 
     torchvision unpickles their files, but compares them with known checksums first. Raises
     ReportedError where they are missing or damaged, and cannot be downloaded.
     """
-    name = dataset.__name__
+    dataset = getattr(torchvision_datasets(), name)
     with files.locked(data_path, reader=True):
         if not any((data_path / part).exists() for part in (dataset.base_folder, dataset.filename)):
             print(f"{name} is not in {data_path}; downloading it (170 MB)", flush=True)
@@ -321,14 +331,16 @@ def list_pictures(data_path, part, classes):
     Sorted by class and path. Hidden files, and what torchvision takes for no picture, are left out.
     """
 
+    folder = torchvision_datasets().folder
+
     def is_picture(path):
         names = os.path.relpath(path, data_path / part).split(os.sep)
         is_hidden = any(name.startswith(".") for name in names)
-        return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden
+        return path.lower().endswith(folder.IMG_EXTENSIONS) and not is_hidden
 
     labels_of = {name: label for label, name in enumerate(classes)}
     try:
-        samples = make_dataset(data_path / part, labels_of, is_valid_file=is_picture)
+        samples = folder.make_dataset(data_path / part, labels_of, is_valid_file=is_picture)
     except FileNotFoundError as error:  # a class without pictures
         raise ReportedError(
             f"{data_path / part}: {first_line(error)} Add pictures, or remove the folder"
@@ -388,40 +400,39 @@ def classes_in(data_path, part):
 
 @dataclass(frozen=True)
 class DataSet:
-    load: Callable  # from --data_path, and where `form` is None, --im_size, to `Images`
-    form: Form | None = None  # None: that of the folder
-    mean: list | None = None  # of each channel, in [0, 1]; None: of the training images
-    std: list | None = None
+    load: Callable  # from --data_path, and if it `scales`, the side of the images, to `Images`
+    num_classes: int | None = None  # None: as many as the folder has
+    im_size: int = IM_SIZE  # side of the images in pixels
+    scales: bool = False  # to any side
+    statistics: tuple | None = None  # mean and standard deviation of each channel, in [0, 1];
+    # None: of the training images
 
 
 EUROSAT_STATISTICS = [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]  # ToySAT's are close
 CIFAR_STATISTICS = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]  # MTT's, for both
-load_cifar10 = partial(load_cifar, torchvision.datasets.CIFAR10)
-load_cifar100 = partial(load_cifar, torchvision.datasets.CIFAR100)
 
 DATASETS = {  # --dataset
-    "EuroSAT": DataSet(load_eurosat, Form(10, IM_SIZE), *EUROSAT_STATISTICS),
-    "ToySAT": DataSet(load_toysat, Form(10, IM_SIZE), *EUROSAT_STATISTICS),
-    "CIFAR10": DataSet(load_cifar10, Form(10, 32), *CIFAR_STATISTICS),
-    "CIFAR100": DataSet(load_cifar100, Form(100, 32), *CIFAR_STATISTICS),
-    "ImageFolder": DataSet(load_image_folder),
+    "EuroSAT": DataSet(load_eurosat, 10, statistics=EUROSAT_STATISTICS),
+    "ToySAT": DataSet(load_toysat, 10, scales=True, statistics=EUROSAT_STATISTICS),
+    "CIFAR10": DataSet(partial(load_cifar, "CIFAR10"), 10, 32, statistics=CIFAR_STATISTICS),
+    "CIFAR100": DataSet(partial(load_cifar, "CIFAR100"), 100, 32, statistics=CIFAR_STATISTICS),
+    "ImageFolder": DataSet(load_image_folder, scales=True),
 }
 
 
 def form_of(dataset, data_path, im_size):
-    """The `Form` of a data set, before its images are read.
+    """The `Form` of a data set, before its images are read; `im_size` None: its own side.
 
-    Raises ReportedError where `im_size` (None: not given) is not its own.
+    Raises ReportedError for another side than its own, unless it scales.
     """
-    form = DATASETS[dataset].form
-    if form is None:
-        return Form(len(image_folders(data_path)[0]), im_size or IM_SIZE)
-    if im_size not in (None, form.im_size):
+    source = DATASETS[dataset]
+    if im_size not in (None, source.im_size) and not source.scales:
         raise ReportedError(
-            f"--im_size={im_size}: the images of {dataset} have {form.im_size} pixels a side; "
+            f"--im_size={im_size}: the images of {dataset} have {source.im_size} pixels a side; "
             "leave it out, or use --dataset=ImageFolder, which scales"
         )
-    return form
+    num_classes = source.num_classes or len(image_folders(data_path)[0])
+    return Form(num_classes, im_size or source.im_size)
 
 
 def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
@@ -431,10 +442,10 @@ def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
     """
     source = DATASETS[dataset]
     form = form_of(dataset, data_path, im_size)
-    raw = source.load(data_path) if source.form else source.load(data_path, form.im_size)
+    raw = source.load(data_path, form.im_size) if source.scales else source.load(data_path)
     split = split_dataset(raw.labels, val_fraction, raw.classes, raw.num_test)
     settings = {"dataset": dataset, "digest": raw.digest, "val_fraction": val_fraction, "zca": zca}
-    if not source.form:
+    if source.scales:
         settings["im_size"] = form.im_size
     whitening = None
     if zca:
@@ -443,9 +454,7 @@ def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
         with files.locked(data_path, reader=True):  # one process whitens, others read its cache
             images, whitening = whiten(raw.images, split.train, data_path / f"zca_{key}.pt")
     else:
-        mean, std = source.mean, source.std
-        if mean is None:
-            mean, std = channel_statistics(raw.images[split.train])
+        mean, std = source.statistics or channel_statistics(raw.images[split.train])
         settings |= {"mean": mean, "std": std}
         shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         images = raw.images.float().div_(255).sub_(shift).div_(scale)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import cli
 import datasets
@@ -88,7 +87,7 @@ def add_flags(parser):
     add("--run_name", folder_name, None, "NAME", "of the run's folder (default: from the settings)")
     add("--checkpoint_every", count, 100, "ITERATIONS", "from one checkpoint to the next")
     add("--resume", folder, None, "DIR", "resume the run in DIR, with the flags that it had")
-    add("--force_save", boolean, False, "BOOL", "pictures on wandb from 50 images per class on")
+    add("--force_save", boolean, False, "BOOL", "log pictures of 50 images per class and more, too")
 
 
 def parse_args():
@@ -439,7 +438,7 @@ def main():
                 images = state.image_syn.detach()
                 scores = evaluator(images, state.label_syn, alpha, (args.seed, it))
                 state.evaluations.add(scores, alpha, state.losses, state.seconds)
-                tqdm.write(report.evaluation_lines(state.evaluations.rows[-1]))
+                process.write_line(report.evaluation_lines(state.evaluations.rows[-1]))
                 report.save_images(run, data, state)
                 report.save_results(run, inputs, state)
                 if curves_due.due():  # drawing them takes half a second

@@ -7,12 +7,11 @@ import signal
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
-import kornia
 import numpy as np
 import torch
-import torchvision
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
@@ -129,6 +128,12 @@ class Interval:
         return True
 
 
+def write_line(text):
+    """A line on standard output, above any bar, and at once, also into a file or a pipe."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 def log_line(text):
     """A line on standard error, unless that is a terminal, where bars show the same."""
     if not sys.stderr.isatty():
@@ -205,7 +210,7 @@ def versions():
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "kornia": kornia.__version__,
+        "torchvision": version("torchvision"),
+        "kornia": version("kornia"),
         "numpy": np.__version__,
     }
