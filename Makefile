@@ -8,13 +8,17 @@
 
 PYTHON ?= python3
 VENV := .venv
-TOYSAT := --dataset=ToySAT --model=ConvNetW32 --data_path=quickstart --buffer_path=quickstart/buffers
+SEED ?= 0
+TOYSAT := --dataset=ToySAT --im_size=32 --model=ConvNetW32 --no-compile --seed=$(SEED) \
+	--data_path=quickstart --buffer_path=quickstart/buffers
 WORKERS := --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 quickstart: $(VENV)/installed
-	$(VENV)/bin/python expert_trajectories.py $(TOYSAT) --num_experts=3 --train_epochs=6 --batch_train=32 --amp
-	$(VENV)/bin/python distillation.py $(TOYSAT) --ipc=1 --syn_steps=20 --expert_epochs=1 --max_start_epoch=4 \
-		--lr_img=3000 --lr_teacher=0.02 --Iteration=120 --eval_it=120 --epoch_eval_train=300 --amp --log_dir=quickstart/logged_files
+	$(VENV)/bin/python expert_trajectories.py $(TOYSAT) \
+		--num_experts=2 --train_epochs=3 --batch_train=16
+	$(VENV)/bin/python distillation.py $(TOYSAT) --ipc=1 --syn_steps=10 --expert_epochs=1 \
+		--max_start_epoch=2 --lr_img=3000 --lr_lr=1e-6 --lr_teacher=0.02 --Iteration=60 \
+		--eval_it=60 --num_eval=3 --epoch_eval_train=100 --log_dir=quickstart/logged_files
 
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check

@@ -404,8 +404,8 @@ class DataSet:
     num_classes: int | None = None  # None: as many as the folder has
     im_size: int = IM_SIZE  # side of the images in pixels
     scales: bool = False  # to any side
-    statistics: tuple | None = None  # mean and standard deviation of each channel, in [0, 1];
-    # None: of the training images
+    # Mean and standard deviation of each channel, in [0, 1]; None: of the training images.
+    statistics: tuple | None = None
 
 
 EUROSAT_STATISTICS = [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]  # ToySAT's are close
