@@ -1,32 +1,230 @@
-"""`distillation.py --evaluate`: saved sets, random real images, all training images; and their export."""
+"""Evaluation: fresh networks on a set of images; and `--evaluate`, with its export."""
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from datasets import CLASS_NAMES
+import evaluation
+import utils
+from datasets import CLASS_NAMES, load_data
+from evaluation import EVAL_POOLS, Evaluator, make_pool, sgd_step
+from networks import ConvNet
+from preprocessing import Form
+from reparam_module import ReparamModule
+from scores import Evaluations, Scores, from_json, to_json
+from utils import Augment, Compiler
 
 SCRIPT = "distillation.py"
+MODEL = "ConvNetD1"
+DSA = utils.augment_groups(True, utils.DSA_STRATEGY)
+PLAIN = Compiler(compile=False)
+CPU = torch.device("cpu")
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# --------------------------------------------------------------------------------------------------
+# The evaluator
 
 
 @pytest.fixture(scope="module")
-def flags(eurosat_folder):
-    return ["--dataset=EuroSAT", f"--data_path={eurosat_folder}", "--model=ConvNetW32", "--no-compile", "--num_eval=2",
-            "--epoch_eval_train=30", "--batch_real=20"]
+def data(tiny_folder):
+    """Ten classes of 16×16 pixels: 30 training, 20 validation and 10 test images."""
+    return load_data("ImageFolder", tiny_folder, False, 0.5, CPU, im_size=16)
+
+
+@pytest.fixture
+def evaluator(data):
+    pool = {"MLP": None, MODEL: None}
+    return Evaluator(
+        data, pool, 2, 3, batch_train=4, batch_real=8, augment=Augment(16, DSA), compiler=PLAIN
+    )
+
+
+@pytest.mark.parametrize(
+    "mode, names",
+    [
+        ("S", ["MLP"]),
+        ("A", ["ConvNet", "MLP", "ResNet18"]),
+        ("R", ["MLP", "ResNet18"]),
+        ("M", ["MLP"]),
+        ("C", ["MLP", "ConvNet"]),
+        ("W", ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"]),
+        ("D", ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"]),
+        ("P", ["ConvNetNP", "ConvNetMP", "ConvNetAP"]),
+        ("N", ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"]),
+    ],
+)
+def test_each_eval_mode_stands_for_its_networks(mode, names):
+    assert list(make_pool(mode, "MLP", Form(10, 32), PLAIN, CPU)) == names
+
+
+def test_every_eval_mode_is_in_the_table_above():
+    (table,) = test_each_eval_mode_stands_for_its_networks.pytestmark
+    assert [mode for mode, _ in table.args[1]] == list(EVAL_POOLS)
+
+
+def test_on_a_cpu_networks_are_trained_one_after_the_other():
+    assert not any(make_pool("N", "MLP", Form(10, 16), PLAIN, CPU).values())
+
+
+def test_scores_have_an_accuracy_per_network_and_the_test_accuracy_of_each_class(evaluator, data):
+    images, labels = data.train
+    scores = evaluator(images, labels, 0.01, (0, "key"))
+    assert list(scores) == ["MLP", MODEL]
+    for of_name in scores.values():
+        assert len(of_name.val) == len(of_name.test) == len(of_name.classes) == 2
+        for total, classes in zip(of_name.test, of_name.classes):  # one test image of each class
+            assert set(classes) <= {0, 1} and sum(classes) / 10 == pytest.approx(total)
+
+
+def test_scores_follow_their_key(evaluator, data):
+    images, labels = data.train
+    scores, again, other = (evaluator(images, labels, 0.01, (0, key)) for key in "aab")
+    assert scores == again != other
+
+
+def test_each_network_may_have_images_of_its_own(evaluator, data):
+    images, labels = evaluation.random_real_sets(data, 1, 2, seed=0)
+    assert images.shape == (2, 10, 3, 16, 16) and not torch.equal(*images)
+    scores = evaluator(images, labels, 0.01, (0, "key"))
+    of_first = evaluator(images[0], labels, 0.01, (0, "key"))
+    assert scores["MLP"].val[0] == of_first["MLP"].val[0]
+    assert scores != of_first
+
+
+def test_random_real_images_are_of_their_class_and_follow_their_seed(data):
+    images, labels = evaluation.random_real_sets(data, 2, 3, seed=0)
+    assert labels.tolist() == [label for label in range(10) for _ in range(2)]
+    of_train = {image.numpy().tobytes(): int(label) for image, label in zip(*data.train)}
+    for one in images:
+        assert [of_train[image.numpy().tobytes()] for image in one] == labels.tolist()
+        assert len(one.unique(dim=0)) == 20
+    again, other = (evaluation.random_real_sets(data, 2, 3, seed)[0] for seed in (0, 1))
+    assert torch.equal(images, again) and not torch.equal(images, other)
+
+
+def small_networks():
+    torch.manual_seed(0)
+    return [ConvNet(3, 7, 16, width=4).double() for _ in range(3)]
+
+
+def test_networks_trained_together_end_as_those_trained_one_after_the_other(evaluator):
+    images = torch.randn(3, 7, 3, 16, 16, generator=seeded(0), dtype=torch.float64)
+    labels = torch.arange(7)
+    alone, together, initial = (small_networks() for _ in range(3))
+    for network, x, k in zip(alone, images, range(3)):
+        evaluator.evaluate_synset(network, network, x, labels, 0.02, seeded(k))
+    step = partial(sgd_step, ReparamModule(together[0]))
+    generators = [seeded(k) for k in range(3)]
+    evaluator.train_together(step, together, images, labels, 0.02, generators)
+    for networks in zip(alone, together, initial):
+        for p, q, start in zip(*(network.parameters() for network in networks)):
+            assert not torch.equal(p, start)
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_networks_trained_together_keep_parameters_aligned_to_16_bytes(evaluator):
+    networks = [ConvNet(3, 10, 16, width=4, depth=1) for _ in range(3)]
+    # Not a multiple of four, so that rows of (K, P) are not aligned.
+    assert sum(p.numel() for p in networks[0].parameters()) % 4
+    step = partial(sgd_step, ReparamModule(networks[0]))
+    generators = [seeded(k) for k in range(3)]
+    images = torch.randn(3, 4, 3, 16, 16)
+    evaluator.train_together(step, networks, images, torch.arange(4), 0.01, generators)
+    for parameter in (p for network in networks for p in network.parameters()):
+        assert parameter.storage_offset() * parameter.element_size() % 16 == 0
+        assert parameter.data_ptr() % 16 == 0
+
+
+def test_a_pool_with_a_step_trains_its_networks_together(evaluator, data):
+    network = utils.initial_network(MODEL, data.form, utils.make_generator(0), CPU)
+    calls = []
+
+    def step(*tensors):
+        calls.append([tuple(tensor.shape) for tensor in tensors])
+        return sgd_step(ReparamModule(network), *tensors)
+
+    evaluator.pool[MODEL] = step
+    images, labels = data.train
+    scores = evaluator(images, labels, 0.01, (0, "key"))[MODEL]
+    assert len(scores.test) == 2 and all(0 <= accuracy <= 1 for accuracy in scores.val)
+    count = sum(p.numel() for p in network.parameters())
+    assert len(calls) == 4 * 8  # epochs, batches of 4
+    assert calls[0] == [(2, count), (2, count), (2, 4, 3, 16, 16), (2, 4), ()]
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores of a run
+
+
+@pytest.mark.parametrize("val, best", [([[0.5], [0.6], [0.6]], 1), ([[], [], []], 2)])
+def test_validation_images_choose_the_best_iteration_and_test_images_only_without_any(val, best):
+    evaluations = Evaluations()
+    for it, test in enumerate((0.9, 0.3, 0.95)):
+        evaluations.add({"net": Scores(val[it], [test])}, 0.01, [1.0] * it, seconds=0.0)
+    assert evaluations.best["iteration"] == best
+    assert evaluations.latest_is_best == (best == 2)
+
+
+def test_the_best_iteration_has_the_highest_mean_of_all_networks():
+    evaluations = Evaluations()
+    for it, (one, other) in enumerate([(0.2, 0.6), (0.45, 0.45), (0.8, 0.0)]):
+        scores = {"one": Scores([one, one], [0.0, 0.0]), "other": Scores([other], [0.0])}
+        evaluations.add(scores, 0.01, [1.0] * it, seconds=0.0)
+    assert evaluations.best["iteration"] == 1
+
+
+def test_an_evaluation_has_the_mean_loss_since_the_one_before():
+    evaluations = Evaluations()
+    losses = []
+    for more in ([], [0.5], [0.25, 0.75]):
+        losses += more
+        evaluations.add({"net": Scores([0.1], [0.1])}, 0.01, losses, seconds=1.26)
+    assert [row["loss"] for row in evaluations.rows] == [None, 0.5, 0.5]
+    assert [row["iteration"] for row in evaluations.rows] == [0, 1, 3]
+    assert evaluations.has(3) and not evaluations.has(2)
+
+
+def test_scores_survive_their_file():
+    rows = [{"iteration": 3, "scores": {"MLP": Scores([], [0.5, 0.25], [[0.5], [0.25]])}}]
+    assert from_json(json.loads(json.dumps(to_json(rows)))) == rows
+
+
+# --------------------------------------------------------------------------------------------------
+# From the command line: a saved set
 
 
 @pytest.fixture(scope="module")
-def saved(run_here, flags, buffers, tmp_path_factory):
+def data_flags(eurosat_folder):
+    """Flags of both scripts."""
+    flags = ["--dataset=ImageFolder", f"--data_path={eurosat_folder}", "--im_size=16"]
+    return [*flags, f"--model={MODEL}", "--no-compile", "--wandb_mode=disabled"]
+
+
+@pytest.fixture(scope="module")
+def flags(data_flags):
+    return [*data_flags, "--num_eval=2", "--epoch_eval_train=20", "--batch_real=20"]
+
+
+@pytest.fixture(scope="module")
+def saved(run_here, data_flags, flags, tmp_path_factory):
     """The folder of a run whose α is not that of its flags."""
     cwd = tmp_path_factory.mktemp("saved")
-    done = run_here(SCRIPT, *flags, f"--buffer_path={buffers}", "--Iteration=2", "--eval_it=2", "--syn_steps=2",
-                    "--expert_epochs=1", "--max_start_epoch=2", "--lr_lr=1e-6", "--lr_teacher=0.02", "--run_name=run",
-                    "--wandb_mode=disabled", cwd=cwd)
+    more = ["--num_experts=1", "--train_epochs=2", "--batch_train=32", f"--buffer_path={cwd}"]
+    done = run_here("expert_trajectories.py", *data_flags, *more, cwd=cwd)
     assert done.returncode == 0, done.stderr
-    return cwd / "logged_files" / "EuroSAT" / "run"
+    more = [f"--buffer_path={cwd}", "--Iteration=2", "--eval_it=2", "--syn_steps=2"]
+    more += ["--expert_epochs=1", "--max_start_epoch=2", "--lr_lr=1e-6", "--lr_teacher=0.02"]
+    done = run_here(SCRIPT, *flags, *more, "--run_name=run", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd / "logged_files" / "ImageFolder" / "run"
 
 
 @pytest.fixture
@@ -36,7 +234,7 @@ def evaluate(run_here, tmp_path):
     def evaluate(*flags):
         done = run_here(SCRIPT, *flags, f"--log_dir={tmp_path / 'logs'}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        (path,) = tmp_path.glob("logs/EuroSAT/*/evaluation.json")
+        (path,) = tmp_path.glob("logs/ImageFolder/*/evaluation.json")
         record = json.loads(path.read_text())
         shutil.rmtree(tmp_path / "logs")
         return done.stdout, record
@@ -44,48 +242,75 @@ def evaluate(run_here, tmp_path):
     return evaluate
 
 
+@pytest.fixture
+def refuse(run_here, tmp_path):
+    """Run with flags, which shall be refused with a line that has `part`, and write nothing."""
+
+    def refuse(part, *flags):
+        cwd = tmp_path / "cwd"
+        cwd.mkdir()
+        done = run_here(SCRIPT, *flags, cwd=cwd)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert part in done.stderr
+        assert not list(cwd.iterdir())
+
+    return refuse
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
 def test_a_saved_run_is_evaluated_with_its_own_flags_and_step_size(evaluate, saved):
     out, record = evaluate(f"--evaluate={saved}")
-    assert record["syn_lr"] == torch.load(saved / "syn_lr_best.pt", weights_only=True).item() != 0.02
-    assert record["settings"]["num_eval"] == 2 and record["settings"]["epoch_eval_train"] == 30
-    scores = record["scores"]["ConvNetW32"]
+    assert record["syn_lr"] == load(saved / "syn_lr_best.pt").item() != 0.02
+    assert record["settings"]["num_eval"] == 2 and record["settings"]["epoch_eval_train"] == 20
+    scores = record["scores"][MODEL]
     assert len(scores["val"]) == len(scores["test"]) == len(scores["classes"]) == 2
     for total, classes in zip(scores["test"], scores["classes"]):  # two test images of each class
         assert len(classes) == 10 and sum(classes) / 10 == pytest.approx(total)
-    assert all(name in out for name in CLASS_NAMES) and f"{100 * sum(scores['test']) / 2:.2f}%" in out
+    assert all(name in out for name in CLASS_NAMES)
+    assert f"{100 * sum(scores['test']) / 2:.2f}%" in out
     assert evaluate(f"--evaluate={saved / 'images_best.pt'}")[1]["scores"] == record["scores"]
 
 
 def test_a_flag_wins_over_that_of_the_run(evaluate, saved):
-    _, record = evaluate(f"--evaluate={saved}", "--eval_mode=M", "--num_eval=1", "--epoch_eval_train=1")
-    assert list(record["scores"]) == ["ConvNetW32", "MLP"] and len(record["scores"]["MLP"]["test"]) == 1
+    flags = ["--eval_mode=M", "--num_eval=1", "--epoch_eval_train=1", "--lr_teacher=0.02"]
+    _, record = evaluate(f"--evaluate={saved}", *flags)
+    assert list(record["scores"]) == [MODEL, "MLP"] and record["syn_lr"] == 0.02
+    assert len(record["scores"]["MLP"]["test"]) == 1
 
 
-def test_a_step_size_that_is_given_wins_over_the_saved_one(evaluate, saved):
-    assert evaluate(f"--evaluate={saved}", "--lr_teacher=0.02", "--num_eval=1")[1]["syn_lr"] == 0.02
+@pytest.mark.filterwarnings("ignore:.*diverged")
+def test_all_networks_of_an_eval_mode_are_trained_and_tested(evaluate, saved):
+    flags = ["--eval_mode=N", "--num_eval=1", "--epoch_eval_train=1"]
+    out, record = evaluate(f"--evaluate={saved}", *flags)
+    assert list(record["scores"]) == [f"ConvNet{norm}N" for norm in "NBLIG"]
+    assert all(name in out for name in record["scores"])
 
 
 def test_a_network_that_diverges_is_named(run_here, saved, tmp_path):
-    with pytest.warns(UserWarning, match=r"2 of 2 networks \(ConvNetW32\) diverged in evaluation: α = 1e\+10"):
-        done = run_here(SCRIPT, f"--evaluate={saved}", "--lr_teacher=1e10", f"--log_dir={tmp_path}", cwd=tmp_path)
+    message = rf"2 of 2 networks \({MODEL}\) diverged in evaluation: α = 1e\+10"
+    flags = ["--lr_teacher=1e10", "--epoch_eval_train=2", f"--log_dir={tmp_path}"]
+    with pytest.warns(UserWarning, match=message):
+        done = run_here(SCRIPT, f"--evaluate={saved}", *flags, cwd=tmp_path)
     assert done.returncode == 0
 
 
 def test_evaluations_with_other_settings_do_not_overwrite_each_other(run_here, saved, tmp_path):
-    for flags_ in (["--num_eval=1"], ["--num_eval=1", "--eval_mode=M"], ["--num_eval=1", "--seed=1"]):
-        done = run_here(SCRIPT, f"--evaluate={saved}", "--epoch_eval_train=1", f"--log_dir={tmp_path}", *flags_,
-                        cwd=tmp_path)
+    usual = [f"--evaluate={saved}", "--epoch_eval_train=1", f"--log_dir={tmp_path}"]
+    for more in ([], ["--eval_mode=M"], ["--seed=1"]):
+        done = run_here(SCRIPT, *usual, "--num_eval=1", *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("EuroSAT/evaluate_run_*/evaluation.json"))) == 3
+    assert len(list(tmp_path.glob("ImageFolder/evaluate_run_*/evaluation.json"))) == 3
 
 
-def test_mtts_bare_tensors_need_a_step_size(evaluate, run_here, saved, flags, tmp_path):
+def test_mtts_bare_tensors_need_a_step_size(evaluate, refuse, saved, flags, tmp_path):
     bare = tmp_path / "mtt"
     bare.mkdir()
     for name in ("images", "labels"):
         shutil.copy(saved / f"{name}_best.pt", bare)
-    done = run_here(SCRIPT, *flags, f"--evaluate={bare}", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "give --lr_teacher" in done.stderr
+    refuse("give --lr_teacher", *flags, f"--evaluate={bare}")
     _, record = evaluate(*flags, f"--evaluate={bare}", "--lr_teacher=0.03")
     assert record["syn_lr"] == 0.03 and record["images"] == 10
 
@@ -93,9 +318,9 @@ def test_mtts_bare_tensors_need_a_step_size(evaluate, run_here, saved, flags, tm
 def test_random_and_full_are_the_baselines(evaluate, flags):
     _, record = evaluate(*flags, "--evaluate=random", "--ipc=3")
     assert record["images"] == 30 and record["syn_lr"] == 0.01
-    out, full = evaluate(*flags[:-2], "--evaluate=full", "--num_eval=1", "--batch_train=32", "--batch_real=20")
-    assert full["images"] == 160 and full["settings"]["epoch_eval_train"] == 50 and "160 training images" in out
-    assert max(full["scores"]["ConvNetW32"]["test"]) > max(record["scores"]["ConvNetW32"]["test"])
+    out, full = evaluate(*flags, "--evaluate=full", "--num_eval=1", "--batch_train=32")
+    assert full["images"] == 160 and "160 training images" in out
+    assert max(full["scores"][MODEL]["test"]) > max(record["scores"][MODEL]["test"])
 
 
 def test_a_set_is_exported_for_imagefolder_and_dd_ranking(run_here, saved, tmp_path):
@@ -104,64 +329,76 @@ def test_a_set_is_exported_for_imagefolder_and_dd_ranking(run_here, saved, tmp_p
     assert done.returncode == 0, done.stderr
     pictures = ImageFolder(out / "images")
     assert pictures.classes == sorted(CLASS_NAMES) and len(pictures) == 10
-    assert all(image.size == (64, 64) for image, _ in pictures)
-    content = torch.load(out / "dd_ranking.pt", weights_only=True)
-    for key, name in (("image_tensor", "images"), ("hard_labels", "labels")):
-        assert torch.equal(content[key], torch.load(saved / f"{name}_best.pt", weights_only=True))
-    assert content["syn_lr"] == torch.load(saved / "syn_lr_best.pt", weights_only=True).item()
+    assert all(image.size == (16, 16) for image, _ in pictures)
+    content = load(out / "dd_ranking.pt")
+    assert torch.equal(content["image_tensor"], load(saved / "images_best.pt"))
+    assert torch.equal(content["hard_labels"], load(saved / "labels_best.pt"))
+    assert content["syn_lr"] == load(saved / "syn_lr_best.pt").item()
 
 
-@pytest.mark.parametrize("flags_, parts", [
-    (["--evaluate=nowhere"], ["nowhere", "images_*.pt", "random"]),
-    (["--evaluate="], ["--evaluate=''", "names nothing"]),
-    (["--export=out"], ["--export", "--evaluate"]),
-    (["--evaluate=random", "--export=out"], ["--export", "--evaluate"]),
-    (["--evaluate=random", "--resume=there"], ["--resume", "--evaluate", "leave one out"]),
-])
-def test_what_cannot_be_evaluated_is_refused_in_one_line(run_here, flags, flags_, parts, tmp_path):
-    done = run_here(SCRIPT, *flags, *flags_, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and all(part in done.stderr for part in parts)
-    assert not list(tmp_path.iterdir())
+# --------------------------------------------------------------------------------------------------
+# What cannot be evaluated
 
 
-@pytest.mark.parametrize("images, labels", [
-    (torch.zeros(10, 3, 32, 32), torch.arange(10)), (torch.zeros(10, 3, 64, 64), torch.arange(9)),
-    (torch.zeros(10, 3, 64, 64), torch.arange(10) + 1), (torch.full((10, 3, 64, 64), torch.nan), torch.arange(10)),
-    ([1, 2], torch.arange(10)), (torch.zeros(10, 3, 64, 64), torch.zeros(10)),
-])
-def test_foreign_tensors_are_refused(run_here, flags, images, labels, tmp_path):
+def test_an_export_does_not_overwrite_another(refuse, saved, tmp_path):
+    out = tmp_path / "exported"
+    (out / "images").mkdir(parents=True)
+    refuse("there are images already", f"--evaluate={saved}", f"--export={out}")
+
+
+IMAGES, LABELS = torch.zeros(10, 3, 16, 16), torch.arange(10)
+
+
+@pytest.mark.parametrize(
+    "images, labels",
+    [
+        (torch.zeros(10, 3, 8, 8), LABELS),
+        (torch.zeros(10, 3, 16, 20), LABELS),
+        (torch.zeros(0, 3, 16, 16), torch.arange(0)),
+        (torch.full((10, 3, 16, 16), torch.nan), LABELS),
+        (IMAGES.double(), LABELS),
+        ([1, 2], LABELS),
+        (IMAGES, torch.arange(9)),
+        (IMAGES, LABELS + 1),
+        (IMAGES, LABELS - 1),
+        (IMAGES, torch.zeros(10)),
+    ],
+)
+def test_foreign_tensors_are_refused(refuse, flags, images, labels, tmp_path):
     torch.save(images, tmp_path / "images_best.pt")
     torch.save(labels, tmp_path / "labels_best.pt")
-    done = run_here(SCRIPT, *flags, f"--evaluate={tmp_path}", "--lr_teacher=0.01", cwd=tmp_path)
-    assert done.returncode == 2 and "holds no synthetic images" in done.stderr and done.stderr.count("\n") == 1
+    place = f"--evaluate={tmp_path}"
+    refuse("holds no synthetic images", *flags, place, "--lr_teacher=0.01")
 
 
-@pytest.mark.parametrize("syn_lr", [torch.tensor(-0.1), torch.tensor(torch.nan), torch.ones(2), [0.1]])
-def test_a_saved_step_size_that_is_none_is_refused(run_here, flags, saved, syn_lr, tmp_path):
-    for name in ("images", "labels"):
-        shutil.copy(saved / f"{name}_best.pt", tmp_path)
+@pytest.mark.parametrize(
+    "syn_lr", [torch.tensor(-0.1), torch.tensor(torch.nan), torch.ones(2), [0.1]]
+)
+def test_a_saved_step_size_that_is_none_is_refused(refuse, flags, syn_lr, tmp_path):
+    torch.save(IMAGES, tmp_path / "images_best.pt")
+    torch.save(LABELS, tmp_path / "labels_best.pt")
     torch.save(syn_lr, tmp_path / "syn_lr_best.pt")
-    done = run_here(SCRIPT, *flags, f"--evaluate={tmp_path}", cwd=tmp_path)
-    assert done.returncode == 2 and "holds no step size" in done.stderr and done.stderr.count("\n") == 1
+    refuse("holds no step size", *flags, f"--evaluate={tmp_path}")
 
 
-def test_canvases_need_texture(run_here, flags, tmp_path):
-    torch.save(torch.zeros(10, 3, 128, 128), tmp_path / "images_best.pt")
-    torch.save(torch.arange(10), tmp_path / "labels_best.pt")
-    done = run_here(SCRIPT, *flags, f"--evaluate={tmp_path}", "--lr_teacher=0.01", cwd=tmp_path)
-    assert done.returncode == 2 and "canvases need --texture" in done.stderr and done.stderr.count("\n") == 1
+def test_a_file_that_is_no_tensor_is_named(refuse, flags, tmp_path):
+    (tmp_path / "images_best.pt").write_text("hello")
+    torch.save(LABELS, tmp_path / "labels_best.pt")
+    refuse("images_best.pt cannot be read", *flags, f"--evaluate={tmp_path}", "--lr_teacher=1")
 
 
-@pytest.mark.parametrize("flag", ["--export=elsewhere", "--log_dir=elsewhere", 1, "--run_name=x"])
-def test_a_foreign_run_cannot_name_folders(run_here, saved, flag, tmp_path):
-    copy = shutil.copytree(saved, tmp_path / "run")
-    run = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps(run | {"flags": [*run["flags"], flag]}))
-    done = run_here(SCRIPT, f"--evaluate={copy}", cwd=tmp_path)
-    assert done.returncode == 2 and "run.json is damaged" in done.stderr and done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+def test_canvases_need_texture(refuse, evaluate, flags, tmp_path):
+    torch.save(torch.zeros(10, 3, 32, 32), tmp_path / "images_best.pt")
+    torch.save(LABELS, tmp_path / "labels_best.pt")
+    flags = [*flags, f"--evaluate={tmp_path}", "--lr_teacher=0.01", "--epoch_eval_train=1"]
+    refuse("canvases need --texture", *flags)
+    _, record = evaluate(*flags, "--texture", "--canvas_samples=2")
+    assert record["images"] == 10
 
 
-def test_images_made_with_other_preprocessing_are_refused(run_here, saved, tmp_path):
-    done = run_here(SCRIPT, f"--evaluate={saved}", "--val_fraction=0.2", cwd=tmp_path)
-    assert done.returncode == 2 and "val_fraction=0.1 (here 0.2)" in done.stderr
+def test_images_made_with_other_preprocessing_are_refused(refuse, saved):
+    refuse("val_fraction=0.1 (here 0.2)", f"--evaluate={saved}", "--val_fraction=0.2")
+
+
+def test_images_that_are_no_canvases_are_not_taken_for_such(refuse, saved):
+    refuse("texture=False (here True)", f"--evaluate={saved}", "--texture")

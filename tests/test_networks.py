@@ -27,7 +27,9 @@ SHAPES = json.loads((Path(__file__).parent / "golden" / "parameter_shapes.json")
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameter_names_shapes_and_order_equal_the_reference(name):
-    parameters = [[key, list(p.shape)] for key, p in get_network(name, 3, 10, 64).named_parameters()]
+    parameters = [
+        [key, list(p.shape)] for key, p in get_network(name, 3, 10, 64).named_parameters()
+    ]
     assert parameters == SHAPES[name]
 
 
@@ -41,7 +43,9 @@ def test_every_network_maps_images_to_ten_finite_logits(name):
 
 @pytest.mark.parametrize("name", TOO_DEEP)
 def test_a_depth_that_leaves_no_pixels_is_refused_with_the_deepest_that_fits(name):
-    with pytest.raises(ValueError, match=rf"^{name[-1]} poolings leave nothing of 64x64 images.*ConvNetD6"):
+    with pytest.raises(
+        ValueError, match=rf"^{name[-1]} poolings leave nothing of 64x64 images.*ConvNetD6"
+    ):
         get_network(name, 3, 10, 64)
 
 
@@ -60,12 +64,15 @@ def test_the_classifier_has_2048_inputs_at_64_pixels(name):
     assert get_network(name, 3, 10, 64).classifier.in_features == 2048
 
 
-@pytest.mark.parametrize("name, attribute, value", [
-    ("ConvNetD2", "in_features", 128 * 16 * 16),
-    ("ConvNetW32", "in_features", 32 * 8 * 8),
-    ("ConvNetNP", "in_features", 128 * 64 * 64),
-    ("ConvNet", "out_features", 10),
-])
+@pytest.mark.parametrize(
+    "name, attribute, value",
+    [
+        ("ConvNetD2", "in_features", 128 * 16 * 16),
+        ("ConvNetW32", "in_features", 32 * 8 * 8),
+        ("ConvNetNP", "in_features", 128 * 64 * 64),
+        ("ConvNet", "out_features", 10),
+    ],
+)
 def test_variants_change_what_their_names_say(name, attribute, value):
     assert getattr(get_network(name, 3, 10, 64).classifier, attribute) == value
 

@@ -1,14 +1,15 @@
-"""Measure the engine beside MTT's own loop: time and memory of an iteration, training of experts, an evaluation.
+"""Measure the engine beside MTT's own loop: time and memory of an iteration, experts, evaluation.
 
     make bench PEER=MTT        # or: python tests/benchmarks/bench.py --peer MTT
 
-takes about 25 minutes on 2 CPU cores. MTT is a checkout of github.com/GeorgeCazenavette/mtt-distillation; without one,
-those rows are left out. Every row is measured in a process of its own, on the same random images and segment, one after
-the other. Prints a table, and writes it with all single times to a JSON file.
+takes about 25 minutes on 2 CPU cores. MTT is a checkout of
+github.com/GeorgeCazenavette/mtt-distillation; without one, its rows are left out. Rows are measured
+one after the other, each in a process of its own, on the same random images and segment. Prints a
+table, and writes it with all single times to a JSON file.
 
-Times are medians of the iterations after the first (of MTT's: after the fourth, since glibc's allocator needs some to
-adapt to the sizes). Peak memory is `torch.cuda.max_memory_allocated` on a GPU, on a CPU the largest resident size of
-the process, Python and PyTorch included.
+Times are medians of the iterations after the first (of MTT's: after the fourth, since glibc's
+allocator needs some to adapt to the sizes). Peak memory is `torch.cuda.max_memory_allocated` on a
+GPU, on a CPU the largest resident size of the process, Python and PyTorch included.
 """
 
 import argparse
@@ -19,7 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -29,30 +33,64 @@ from torch.utils.flop_counter import flop_registry
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mtt import peak_memory  # noqa: E402  (the modules of the project are found through the line above)
+import datasets  # found through the line above
+import evaluation
+import files
+import process
+import trajectories
+import utils
+from evaluation import Evaluator
+from preprocessing import Data, Form
+from reparam_module import UNROLLS, ReparamModule
+from utils import Augment, Compiler
 
-import datasets  # noqa: E402
-import files  # noqa: E402
-import utils  # noqa: E402
-from distillation import make_prepare, synthetic_batches  # noqa: E402
-from evaluation import evaluate, make_sgd_step  # noqa: E402
-from reparam_module import UNROLLS, ReparamModule  # noqa: E402
+FORM = Form(10, 64)
+AUGMENT = Augment(FORM.im_size, utils.augment_groups(True, utils.DSA_STRATEGY))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LR = 0.01
 
-FORM, AUGMENT = datasets.DATASETS["EuroSAT"].form, utils.make_augment(True, utils.DSA_STRATEGY)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a child process measures: each function returns what goes into the table and the JSON file
-
-
-def clock(device):
-    """The time, after all that was begun on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+# --------------------------------------------------------------------------------------------------
+# What all rows are measured on
 
 
-def repeated(function, device, times):
-    """Seconds of each of so many calls."""
+class Inputs(NamedTuple):
+    """Random synthetic images and a made-up expert of two epochs, the same in every process."""
+
+    images: torch.Tensor  # (10 * ipc, 3, 64, 64)
+    labels: torch.Tensor
+    snapshots: list  # of parameters, in `parameters()` order, on the CPU
+
+    def segment(self, device):
+        """θ*_0 and θ*_1."""
+        return [trajectories.flat(snapshot).to(device) for snapshot in self.snapshots[:2]]
+
+    def leaves(self):
+        """Images and α as leaves, whose gradients an engine computes."""
+        syn_lr = torch.tensor(LR, device=self.images.device, requires_grad=True)
+        return self.images.clone().requires_grad_(True), syn_lr
+
+
+def make_inputs(model, ipc, device):
+    random = utils.make_generator("benchmark")
+    network = utils.initial_network(model, FORM, random, "cpu")
+    parameters = [p.detach() for p in network.parameters()]
+    snapshots = [
+        [p + 0.01 * k * torch.randn(p.shape, generator=random) for p in parameters]
+        for k in range(3)
+    ]
+    side = FORM.im_size
+    images = torch.randn(FORM.num_classes * ipc, 3, side, side, generator=random)
+    labels = torch.arange(FORM.num_classes).repeat_interleave(ipc)
+    return Inputs(images.to(device), labels.to(device), snapshots)
+
+
+def make_student(model, precision, device):
+    network = utils.initial_network(model, FORM, utils.make_generator(0), device)
+    return ReparamModule(network, amp=precision == "bfloat16")
+
+
+def seconds_of(function, device, times):
+    """Seconds of each of so many calls, until all that was started on the device has ended."""
     seconds = []
     for _ in range(times):
         start = clock(device)
@@ -61,282 +99,393 @@ def repeated(function, device, times):
     return seconds
 
 
-def inputs(model, ipc, device):
-    """Random synthetic images, labels, and a segment of a made-up expert, the same in every process."""
-    random = utils.make_generator("benchmark")
-    parameters = [p.detach() for p in utils.initial_network(model, FORM, random, "cpu").parameters()]
-    snapshots = [[p + 0.01 * k * torch.randn(p.shape, generator=random) for p in parameters] for k in range(3)]
-    images = torch.randn(FORM.num_classes * ipc, 3, FORM.im_size, FORM.im_size, generator=random)
-    return images.to(device), torch.arange(FORM.num_classes).repeat_interleave(ipc).to(device), snapshots
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def measure_limits(device):
-    """Rates of the machine, each the best of ten: products of large matrices, ConvNet's second layer, a copy."""
+# --------------------------------------------------------------------------------------------------
+# What a process measures, as it goes into the JSON file
+
+
+def measure_limits(device, precisions, size):
+    """Rates of the machine, each the best of ten.
+
+    Products of matrices of size × size, ConvNet's second convolution, and a copy.
+    """
     rates = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        a = torch.randn(2048, 2048, device=device, dtype=dtype)
-        rates[f"matmul {name}, GFLOP/s"] = 2 * 2048**3 / min(repeated(lambda a=a: a @ a, device, 10)) / 1e9
-        x = torch.randn(10, 128, 32, 32, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        w = torch.randn(128, 128, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        seconds = min(repeated(lambda x=x, w=w: F.conv2d(x, w, padding=1), device, 10))
-        rates[f"convolution {name}, GFLOP/s"] = 2 * x.numel() * w[:, :1].numel() / seconds / 1e9
-    source, target = (torch.ones(2**26, device=device) for _ in range(2))
-    rates["copy, GB/s"] = 2 * 4 * 2**26 / min(repeated(lambda: target.copy_(source), device, 10)) / 1e9
+    for precision in precisions:
+        options = {"device": device, "dtype": DTYPES[precision]}
+        a = torch.randn(size, size, **options)
+        seconds = min(seconds_of(lambda a=a: a @ a, device, 10))
+        rates[f"matmul {precision}, GFLOP/s"] = 2 * size**3 / seconds / 1e9
+
+        channels_last = {"memory_format": torch.channels_last}
+        x = torch.randn(10, 128, 32, 32, **options).contiguous(**channels_last)
+        w = torch.randn(128, 128, 3, 3, **options).contiguous(**channels_last)
+        seconds = min(seconds_of(lambda x=x, w=w: F.conv2d(x, w, padding=1), device, 10))
+        flop = 2 * x.numel() * w[0].numel()
+        rates[f"convolution {precision}, GFLOP/s"] = flop / seconds / 1e9
+
+    source, target = (torch.ones(16 * size**2, device=device) for _ in range(2))
+    seconds = min(seconds_of(lambda: target.copy_(source), device, 10))
+    rates["copy, GB/s"] = 2 * source.nbytes / seconds / 1e9
     return rates
 
 
-def measure_iteration(device, model, ipc, unroll, steps, amp, compile, repeat):
-    """Iterations of distillation: augmentation, N steps, gradients."""
-    images, labels, snapshots = inputs(model, ipc, device)
-    start, target = (torch.cat([p.reshape(-1) for p in snapshot]).to(device) for snapshot in snapshots[:2])
-    images, syn_lr = images.requires_grad_(True), torch.tensor(0.01, device=device, requires_grad=True)
-    student = ReparamModule(utils.initial_network(model, FORM, utils.make_generator(0), device), amp)
-    engine = UNROLLS[unroll](student, utils.Runner(compile).function)
-    random, prepare = utils.make_generator("draws"), make_prepare(AUGMENT)
-    gradients = []
+def measure_iteration(device, model, ipc, unroll, steps, precision, compile, repeat):
+    """Iterations of distillation: batches drawn and augmented, N steps, gradients."""
+    inputs = make_inputs(model, ipc, device)
+    images, syn_lr = inputs.leaves()
+    segment = inputs.segment(device)
+    make_batch = partial(AUGMENT, labels=inputs.labels)
+    student = make_student(model, precision, device)
+    engine = UNROLLS[unroll](student, make_batch, Compiler(compile).function)
+    random = utils.make_generator("draws")
 
     def iterate():
-        batches = synthetic_batches(images, labels, steps, len(images), prepare, random)
-        gradients[:] = engine(start, target, images, syn_lr, batches)
+        batches = utils.draw_batches(len(images), len(images), steps, AUGMENT, random)
+        engine(*segment, images, syn_lr, utils.to_device(batches, device))
 
-    seconds = repeated(iterate, device, repeat + 1)
-    return {"seconds": seconds[1:], "first": seconds[0], "peak": peak_memory()}
+    first, *others = seconds_of(iterate, device, repeat + 1)
+    return {"seconds": others, "first": first, "peak": process.peak_memory(device)}
 
 
 def measure_cosine(device, model, ipc, steps, compile):
-    """Cosine between the gradients in bfloat16 and in float32, of one iteration with the same draws."""
-    images, labels, snapshots = inputs(model, ipc, device)
-    start, target = (torch.cat([p.reshape(-1) for p in snapshot]).to(device) for snapshot in snapshots[:2])
+    """Cosine of the gradients in bfloat16 and in float32, of an iteration with the same draws."""
+    inputs = make_inputs(model, ipc, device)
+    count = len(inputs.images)
+    random = utils.make_generator("draws")
+    batches = utils.draw_batches(count, count, steps, AUGMENT, random)
+    batches = utils.to_device(batches, device)
+    make_batch = partial(AUGMENT, labels=inputs.labels)
     gradients = []
-    for amp in (False, True):
-        leaf, syn_lr = images.clone().requires_grad_(True), torch.tensor(0.01, device=device, requires_grad=True)
-        student = ReparamModule(utils.initial_network(model, FORM, utils.make_generator(0), device), amp)
-        batches = synthetic_batches(leaf, labels, steps, len(leaf), AUGMENT, utils.make_generator("draws"))
-        engine = UNROLLS["adjoint"](student, utils.Runner(compile).function)
-        gradients.append(engine(start, target, leaf, syn_lr, batches)[1].flatten().double())
+    for precision in DTYPES:
+        student = make_student(model, precision, device)
+        engine = UNROLLS["adjoint"](student, make_batch, Compiler(compile).function)
+        _, gradient, _ = engine(*inputs.segment(device), *inputs.leaves(), batches)
+        gradients.append(gradient.flatten().double())
     return {"cosine": F.cosine_similarity(*gradients, dim=0).item()}
 
 
-def measure_experts(device, model, amp, compile, repeat):
-    """Training on real images, batches of 128: images per second."""
-    random = utils.make_generator("experts")
-    x = torch.randn(10 * 128, 3, FORM.im_size, FORM.im_size, generator=random).to(device)
-    y = torch.randint(FORM.num_classes, (len(x),), generator=random).to(device)
-    network = utils.initial_network(model, FORM, random, device)
-    logits, optimizer = utils.Runner(compile, amp)(network), torch.optim.SGD(network.parameters(), lr=0.01)
-
-    def epoch():
-        utils.train_epoch(logits, optimizer, x, y, 128, AUGMENT, random)
-
-    return {"images per second": len(x) / statistics.median(repeated(epoch, device, repeat + 1)[1:])}
-
-
-def measure_evaluation(device, model, ipc, amp, compile, epochs):
-    """Five networks trained on the synthetic images: seconds per network and epoch, compiled before."""
-    images, labels, _ = inputs(model, ipc, device)
-    part = images, labels
-    data = datasets.Data(part, part, part, datasets.CLASS_NAMES, {}, None)
-    runner = utils.Runner(compile, amp)
-    step = make_sgd_step(model, FORM, runner, device)
-
-    def run(epochs):
-        evaluate(model, [part] * 5, 0.01, data, runner, AUGMENT, (0,), step=step, epochs=epochs, batch_train=256,
-                 batch_real=256)
-
-    run(1)
-    short, long = (repeated(lambda epochs=epochs: run(epochs), device, 1)[0] for epochs in (1, epochs + 1))
-    return {"seconds": (long - short) / epochs / 5}
-
-
 class Products(TorchDispatchMode):
-    """Counts the operations of convolutions and matrix products, and the bytes that they must at least read and write.
-    """
+    """Counts operations of convolutions and matrix products, and bytes that they read and write."""
 
     def __init__(self):
         super().__init__()
-        self.flop, self.bytes = 0, 0
+        self.flop = 0
+        self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
         if count := flop_registry.get(func.overloadpacket):
-            self.flop += count(*args, **(kwargs or {}), out_val=results)
+            self.flop += count(*args, **kwargs, out_val=results)
             tensors = [*args, *(results if isinstance(results, tuple) else [results])]
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+            self.bytes += sum(tensor.nbytes for tensor in tensors if torch.is_tensor(tensor))
         return results
 
 
-def measure_counts(device, model, ipc, amp):
-    """Floating-point operations, and bytes of products, of one step of the student in each engine."""
-    images, labels, snapshots = inputs(model, ipc, device)
-    start, target = (torch.cat([p.reshape(-1) for p in snapshot]).to(device) for snapshot in snapshots[:2])
+def measure_counts(device, model, ipc, precision):
+    """Floating-point operations and bytes of products in a step of the student, by engine."""
+    inputs = make_inputs(model, ipc, device)
     counts = {}
     for unroll in UNROLLS:
-        leaf, syn_lr = images.clone().requires_grad_(True), torch.tensor(0.01, device=device, requires_grad=True)
-        student = ReparamModule(utils.initial_network(model, FORM, utils.make_generator(0), device), amp)
+        images, syn_lr = inputs.leaves()
+        engine = UNROLLS[unroll](make_student(model, precision, device))
         with Products() as products:
-            UNROLLS[unroll](student)(start, target, leaf, syn_lr, [(leaf, labels)])
+            engine(*inputs.segment(device), images, syn_lr, [(images, inputs.labels)])
         counts[unroll] = {"flop": products.flop, "bytes": products.bytes}
     return counts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The parent
+def measure_experts(device, model, precision, compile, repeat):
+    """Training on real images, in batches of 128: images per second."""
+    random = utils.make_generator("experts")
+    images = torch.randn(10 * 128, 3, FORM.im_size, FORM.im_size, generator=random).to(device)
+    labels = torch.randint(FORM.num_classes, (len(images),), generator=random).to(device)
+    network = utils.initial_network(model, FORM, random, device)
+    forward = Compiler(compile, amp=precision == "bfloat16")(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+
+    def epoch():
+        batches = utils.draw_batches(len(images), 128, None, AUGMENT, random)
+        batches = utils.to_device(batches, device)
+        utils.train_epoch(forward, optimizer, images, labels, AUGMENT, batches)
+
+    _, *others = seconds_of(epoch, device, repeat + 1)
+    return {"images per second": len(images) / statistics.median(others)}
+
+
+def measure_evaluation(device, model, ipc, precision, compile, epochs):
+    """Five networks trained on the synthetic images: seconds per network and epoch.
+
+    Compiling is left out, and so is testing.
+    """
+    inputs = make_inputs(model, ipc, device)
+    part = (inputs.images, inputs.labels)
+    compiler = Compiler(compile, amp=precision == "bfloat16")
+    evaluator = Evaluator(
+        data=Data(part, part, part, datasets.CLASS_NAMES, {}, None),
+        pool=evaluation.make_pool("S", model, FORM, compiler, device),
+        num_eval=5,
+        epochs=1,
+        batch_train=256,
+        batch_real=256,
+        augment=AUGMENT,
+        compiler=compiler,
+    )
+
+    def seconds(epochs):
+        run = partial(replace(evaluator, epochs=epochs), *part, LR, (0,))
+        return seconds_of(run, device, 1)[0]
+
+    seconds(1)
+    return {"seconds": (seconds(epochs + 1) - seconds(1)) / epochs / evaluator.num_eval}
+
+
+MEASURES = {
+    "limits": measure_limits,
+    "iteration": measure_iteration,
+    "cosine": measure_cosine,
+    "counts": measure_counts,
+    "experts": measure_experts,
+    "evaluation": measure_evaluation,
+}
+
+
+def measure(what, device, **arguments):
+    """One of MEASURES, in this process."""
+    return MEASURES[what](torch.device(device), **arguments)
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes, of this script and of MTT's
 
 
 def child(what, **arguments):
-    """What `measure_<what>(**arguments)` returns, in a process of its own."""
+    """The same in a process of its own."""
     command = [sys.executable, __file__, "--child", json.dumps({"what": what, **arguments})]
     return last_line(command)
 
 
 def last_line(command):
+    """What a command prints last, which is JSON."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def mtt(checkout, model, ipc, steps, repeat, epochs):
-    """MTT's own loop (see mtt.py): iterations, and the training of one network for evaluation."""
-    images, labels, snapshots = inputs(model, ipc, torch.device("cpu"))
+def measure_mtt(args, steps):
+    """MTT's own loop (see mtt.py): iterations, and the training of a network for evaluation."""
+    inputs = make_inputs(args.model, args.ipc, "cpu")
     with tempfile.TemporaryDirectory() as work:
-        experts = Path(work) / "buffers" / "CIFAR10_NO_ZCA" / model
+        buffers = Path(work) / "buffers"
+        experts = buffers / "CIFAR10_NO_ZCA" / args.model
         experts.mkdir(parents=True)
-        torch.save([snapshots], experts / "replay_buffer_0.pt")
-        torch.save((images, labels), Path(work) / "images.pt")
-        result = last_line([
-            sys.executable, Path(__file__).with_name("mtt.py"), Path(checkout).resolve(), work,
-            Path(work) / "images.pt", "--dataset=CIFAR10", f"--model={model}", f"--ipc={ipc}", f"--syn_steps={steps}",
-            f"--Iteration={repeat}", "--eval_it=1000000", f"--epoch_eval_train={epochs}", "--num_eval=1",
-            "--expert_epochs=1", "--max_start_epoch=1", f"--buffer_path={experts.parent.parent}"])
-    return {"seconds": result["iterations"][4:], "first": result["iterations"][0], "peak": result["peak"],
-            "evaluation": result["evaluation"] / (epochs + 1)}
+        torch.save([inputs.snapshots], experts / "replay_buffer_0.pt")
+        images = Path(work) / "images.pt"
+        torch.save((inputs.images, inputs.labels), images)
+        script = Path(__file__).with_name("mtt.py")
+        command = [sys.executable, script, Path(args.peer).resolve(), work, images]
+        command += ["--dataset=CIFAR10", f"--model={args.model}", f"--ipc={args.ipc}"]
+        command += [f"--syn_steps={steps}", f"--Iteration={args.repeat + 3}"]
+        command += ["--eval_it=1000000", "--num_eval=1", f"--epoch_eval_train={args.epochs}"]
+        command += ["--expert_epochs=1", "--max_start_epoch=1", f"--buffer_path={buffers}"]
+        result = last_line(command)
+    first, _, _, _, *others = result["iterations"]
+    per_epoch = result["evaluation"] / (args.epochs + 1)
+    return {"seconds": others, "first": first, "peak": result["peak"], "evaluation": per_epoch}
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+
+
+class Table:
+    """Rows of iterations, each printed as soon as it is measured."""
+
+    def __init__(self):
+        self.rows = []
+        print(
+            f"{'engine':10} {'precision':10} {'N':>3} {'s':>8} {'s per step':>11} {'peak, GB':>9}"
+            "   against MTT: time, memory; first iteration, s",
+            flush=True,
+        )
+
+    @property
+    def mtt(self):
+        """MTT's first row; None where it is not measured."""
+        return next((row for row in self.rows if row["engine"] == "MTT"), None)
+
+    def add(self, engine, precision, steps, row):
+        if "seconds" in row:
+            row["median"] = statistics.median(row["seconds"])
+        row |= {"engine": engine, "precision": precision, "steps": steps}
+        self.rows.append(row)
+        print(self.line(row), flush=True)
+
+    def line(self, row):
+        start = f"{row['engine']:10} {row['precision']:10} {row['steps']:3d} "
+        if "median" not in row:
+            return f"{start}({row['not measured']})"
+        peak = row["peak"] / 1e9
+        line = f"{row['median']:8.3f} {row['median'] / row['steps']:11.4f} {peak:9.2f}"
+        against = ""
+        if self.mtt and self.mtt["steps"] == row["steps"]:
+            time, memory = (self.mtt[key] / row[key] for key in ("median", "peak"))
+            against = f"   {time:10.2f} x, {memory:5.2f} x"
+        return f"{start}{line}{against:23}   {row['first']:8.1f}"
+
+
+def measure_iterations(args, table, common, precisions):
+    """Add a row for each precision, engine and N, as far as memory suffices."""
+    available = available_memory(torch.device(args.device))
+    for precision in precisions:
+        for unroll in UNROLLS:
+            peaks = []
+            for steps in args.steps:
+                if len(peaks) > 1 and 3 * peaks[-1] - 2 * peaks[0] > 0.8 * available:
+                    row = {"not measured": "would need more memory than there is"}
+                else:
+                    options = {"unroll": unroll, "steps": steps, "precision": precision}
+                    options |= {"compile": args.compile, "repeat": args.repeat}
+                    row = child("iteration", **common, **options)
+                    peaks.append(row["peak"])
+                table.add(unroll, precision, steps, row)
 
 
 def available_memory(device):
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
 
 def measure_all(args):
-    """All rows, as a dictionary; prints each iteration's row as soon as it is measured."""
-    device = torch.device(args.device)
-    common = {"device": args.device, "model": args.model, "ipc": args.ipc}
-    results = {"limits": child("limits", device=args.device),
-               "counts": {amp: child("counts", **common, amp=amp == "bfloat16") for amp in ("float32", "bfloat16")},
-               "iterations": []}
-    base = None
+    """All that is measured, a dictionary."""
+    precisions = ["float32", "bfloat16"] if args.amp else ["float32"]
+    machine = {"device": args.device}
+    common = machine | {"model": args.model, "ipc": args.ipc}
+    limits = child("limits", **machine, precisions=precisions, size=args.size)
+    counts = {each: child("counts", **common, precision=each) for each in precisions}
 
-    def add(engine, precision, steps, row):
-        nonlocal base
-        row |= {"engine": engine, "precision": precision, "steps": steps}
-        if "seconds" in row:
-            row["median"] = statistics.median(row["seconds"])
-        if engine == "MTT" and base is None:
-            base = row
-        results["iterations"].append(row)
-        print(iteration_line(row, base), flush=True)
+    table = Table()
+    mtt_steps = 20 if 20 in args.steps else args.steps[-1]
+    if args.peer:
+        table.add("MTT", "float32", mtt_steps, measure_mtt(args, mtt_steps))
+    measure_iterations(args, table, common, precisions)
+    if args.peer:  # whether the machine has become slower or faster
+        table.add("MTT again", "float32", mtt_steps, measure_mtt(args, mtt_steps))
+    results = {"limits": limits, "counts": counts, "iterations": table.rows}
 
-    print(f"{'engine':10} {'precision':10} {'N':>3} {'s':>8} {'s per step':>11} {'peak, GB':>9}   "
-          f"against MTT: time, memory; first iteration, s", flush=True)
-    if args.peer:
-        add("MTT", "float32", 20, mtt(args.peer, args.model, args.ipc, 20, args.repeat + 3, args.epochs))
-    precisions = ("float32", "bfloat16") if args.amp else ("float32",)
-    for precision in precisions:
-        for unroll in UNROLLS:
-            peaks = []
-            for steps in args.steps:
-                if len(peaks) > 1 and peaks[-1] + (peaks[-1] - peaks[0]) * 2 > 0.8 * available_memory(device):
-                    add(unroll, precision, steps, {"not measured": "would need more memory than there is"})
-                    continue
-                row = child("iteration", **common, unroll=unroll, steps=steps, amp=precision == "bfloat16",
-                            compile=args.compile, repeat=args.repeat)
-                peaks.append(row["peak"])
-                add(unroll, precision, steps, row)
-    if args.peer:
-        add("MTT again", "float32", 20, mtt(args.peer, args.model, args.ipc, 20, args.repeat + 3, args.epochs))
     if args.amp:
-        results["cosine"] = child("cosine", **common, steps=20, compile=args.compile)["cosine"]
+        results |= child("cosine", **common, steps=20, compile=args.compile)
     for precision in precisions:
-        more = {"amp": precision == "bfloat16", "compile": args.compile}
-        results[f"experts {precision}"] = child("experts", device=args.device, model=args.model, repeat=args.repeat,
-                                                **more)
-        results[f"evaluation {precision}"] = child("evaluation", **common, **more, epochs=args.epochs)
+        options = {"precision": precision, "compile": args.compile}
+        experts = machine | options | {"model": args.model, "repeat": args.repeat}
+        results[f"experts {precision}"] = child("experts", **experts)
+        evaluation = common | options | {"epochs": args.epochs}
+        results[f"evaluation {precision}"] = child("evaluation", **evaluation)
     return results
 
 
-def iteration_line(row, base):
-    start = f"{row['engine']:10} {row['precision']:10} {row['steps']:3d} "
-    if "seconds" not in row:
-        return start + f"({row['not measured']})"
-    line = f"{row['median']:8.3f} {row['median'] / row['steps']:11.4f} {row['peak'] / 1e9:9.2f}"
-    if base and row["steps"] == base["steps"]:
-        line += f"   {base['median'] / row['median']:10.2f} x, {base['peak'] / row['peak']:5.2f} x"
-    else:
-        line += " " * 23
-    return start + line + f"   {row['first']:8.1f}"
+# --------------------------------------------------------------------------------------------------
+# The lines below the table
 
 
-def report(results, args):
-    """The lines below the table: growth of memory, the floor, experts, evaluation."""
-    rows = {(row["engine"], row["precision"], row["steps"]): row for row in results["iterations"] if "seconds" in row}
-    for (engine, precision, steps), row in rows.items():
-        if steps == max(args.steps) and (shorter := rows.get((engine, precision, 10))) and steps > 10:
-            growth = (row["peak"] - shorter["peak"]) / (steps - 10)
-            yield f"{engine}, {precision}: {growth / 1e6:.2f} MB more for every further step"
-    images, _, snapshots = inputs(args.model, args.ipc, "cpu")
-    sizes = 4 * sum(p.numel() for p in snapshots[0]), 4 * images.numel()
-    yield f"θ_i has {sizes[0] / 1e6:.2f} MB, a batch of augmented images {sizes[1] / 1e6:.2f} MB"
-    for name, rate in results["limits"].items():
-        yield f"{name}: {rate:.0f}"
-    for precision, of_engines in results["counts"].items():
-        for engine, count in of_engines.items():
-            compute = count["flop"] / results["limits"][f"matmul {precision}, GFLOP/s"] / 1e9
-            layer = count["flop"] / results["limits"][f"convolution {precision}, GFLOP/s"] / 1e9
-            memory = count["bytes"] / results["limits"]["copy, GB/s"] / 1e9
-            yield (f"floor of a step, {engine}, {precision}: {count['flop'] / 1e9:.1f} GFLOP, {compute:.4f} s as "
-                   f"matrix products, {layer:.4f} s as convolutions; {count['bytes'] / 1e9:.2f} GB, {memory:.4f} s")
+def summary(results, args):
+    """Growth of memory, the machine's limits, experts, evaluation."""
+    yield from growth_lines(results["iterations"])
+    inputs = make_inputs(args.model, args.ipc, "cpu")
+    theta = sum(parameter.nbytes for parameter in inputs.snapshots[0])
+    yield f"θ_i has {theta / 1e6:.2f} MB, a batch of images {inputs.images.nbytes / 1e6:.2f} MB"
+    yield from (f"{name}: {rate:.0f}" for name, rate in results["limits"].items())
+    yield from floor_lines(results["counts"], results["limits"])
     if "cosine" in results:
-        yield f"cosine of the gradients in bfloat16 with those in float32, N = 20: {results['cosine']:.4f}"
-    base = next((row for row in results["iterations"] if row["engine"] == "MTT"), None)
-    for key in results:
-        if key.startswith("experts"):
-            yield f"{key}: {results[key]['images per second']:.0f} images/s"
-        if key.startswith("evaluation"):
-            seconds = results[key]["seconds"]
-            ratio = f", MTT {base['evaluation']:.4f} s: {base['evaluation'] / seconds:.2f} x" if base else ""
-            yield f"{key}: {seconds:.4f} s per network and epoch{ratio}"
+        cosine = results["cosine"]
+        yield f"cosine of the gradients in bfloat16 and in float32, N = 20: {cosine:.4f}"
+    mtt = next((row for row in results["iterations"] if row["engine"] == "MTT"), None)
+    for key, result in results.items():
+        if key.startswith("experts "):
+            yield f"{key}: {result['images per second']:.0f} images/s"
+        if key.startswith("evaluation "):
+            line = f"{key}: {result['seconds']:.4f} s per network and epoch"
+            if mtt:
+                ratio = mtt["evaluation"] / result["seconds"]
+                line += f", MTT {mtt['evaluation']:.4f} s: {ratio:.2f} x"
+            yield line
 
 
-def main():
+def growth_lines(rows):
+    """What each further step needs from N = 10 to the largest N."""
+    measured = {}
+    for row in (row for row in rows if "median" in row and row["steps"] >= 10):
+        measured.setdefault((row["engine"], row["precision"]), []).append(row)
+    for (engine, precision), (first, *others) in measured.items():
+        if others:
+            growth = (others[-1]["peak"] - first["peak"]) / (others[-1]["steps"] - first["steps"])
+            yield f"{engine}, {precision}: {growth / 1e6:.2f} MB more for every further step"
+
+
+def floor_lines(counts, limits):
+    """The time that a step's products need at the highest rates that were seen."""
+    for precision, of_engines in counts.items():
+        for engine, count in of_engines.items():
+            gflop, gbytes = count["flop"] / 1e9, count["bytes"] / 1e9
+            products, convolutions = (
+                gflop / limits[f"{kind} {precision}, GFLOP/s"] for kind in ("matmul", "convolution")
+            )
+            yield (
+                f"floor of a step, {engine}, {precision}: {gflop:.1f} GFLOP, {products:.4f} s as "
+                f"matrix products, {convolutions:.4f} s as convolutions; {gbytes:.2f} GB, "
+                f"{gbytes / limits['copy, GB/s']:.4f} s"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# Main
+
+
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--peer", help="checkout of MTT, whose loop runs beside (at 64x64 it knows ConvNet only)")
-    parser.add_argument("--model", default="ConvNet", help="network")
-    parser.add_argument("--ipc", type=int, default=1, help="synthetic images per class")
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 40, 80], help="values of N")
-    parser.add_argument("--repeat", type=int, default=3, help="iterations that are timed, after the first")
-    parser.add_argument("--epochs", type=int, default=40, help="epochs of an evaluation")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="measure bfloat16, too")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks.json"), help="where the table is written")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--child", type=json.loads, help=argparse.SUPPRESS)
+    add("--peer", help="checkout of MTT, whose loop runs beside (at 64x64 it knows ConvNet only)")
+    add("--model", default="ConvNet", help="network")
+    add("--ipc", type=int, default=1, help="synthetic images per class")
+    add("--steps", type=int, nargs="+", default=[5, 10, 20, 40, 80], help="values of N, rising")
+    add("--repeat", type=int, default=3, help="iterations that are timed, after the first")
+    add("--epochs", type=int, default=40, help="epochs of an evaluation")
+    add("--size", type=int, default=2048, help="side of the matrices that are multiplied")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    switch = argparse.BooleanOptionalAction
+    add("--amp", action=switch, default=True, help="bfloat16, too, where the device has it")
+    add("--compile", action=switch, default=True, help="torch.compile")
+    add("--out", type=Path, default=Path("benchmarks.json"), help="where the table is written")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     if args.child:
-        utils.keep_freed_memory()  # as the scripts do
-        what = args.child.pop("what")
-        args.child["device"] = torch.device(args.child["device"])
-        print(json.dumps(globals()[f"measure_{what}"](**args.child)))
+        process.keep_freed_memory()  # as the scripts do
+        print(json.dumps(measure(**args.child)))
         return
-    args.amp = utils.check_amp(args.amp, torch.device(args.device))
+    device = torch.device(args.device)
+    args.amp = process.check_amp(args.amp, device)
     results = measure_all(args)
-    print("\n".join(report(results, args)))
-    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "CPU"
-    settings = {key: str(value) for key, value in vars(args).items() if key != "child"}
-    results |= {"machine": machine, "threads": torch.get_num_threads(), "versions": utils.versions(),
-                "settings": settings}
+    print("\n".join(summary(results, args)))
+    is_cuda = device.type == "cuda"
+    results |= {
+        "machine": torch.cuda.get_device_name() if is_cuda else platform.processor() or "CPU",
+        "threads": torch.get_num_threads(),
+        "versions": process.versions(),
+        "settings": {key: str(value) for key, value in vars(args).items() if key != "child"},
+    }
     files.write_json(args.out, results)
 
 

@@ -50,7 +50,20 @@ def dataset(images_file):
     data, classes = TensorDataset(images, labels), range(int(labels.max()) + 1)
     identity = {label: label for label in classes}
     size = tuple(images.shape[2:])
-    return (3, size, len(classes), classes, None, None, data, data, DataLoader(data, 256), None, identity, identity)
+    return (
+        3,
+        size,
+        len(classes),
+        classes,
+        None,
+        None,
+        data,
+        data,
+        DataLoader(data, 256),
+        None,
+        identity,
+        identity,
+    )
 
 
 def peak_memory():
@@ -60,7 +73,11 @@ def peak_memory():
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -89,7 +106,11 @@ def main():
     stdout, sys.stdout = sys.stdout, sys.stderr
     runpy.run_path(str(Path(checkout) / "distill.py"), run_name="__main__")
     sys.stdout = stdout
-    print(json.dumps({"iterations": clock.seconds, "evaluation": evaluations[0][1], "peak": peak_memory()}))
+    print(
+        json.dumps(
+            {"iterations": clock.seconds, "evaluation": evaluations[0][1], "peak": peak_memory()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,330 @@
+"""What a person sees of a run: grids, curves, tables, and what wandb is told."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from PIL import Image
+
+import process
+import report
+from report import draw_grid
+from scores import Evaluations, Scores
+
+NAMES = ["beach", "forest"]
+
+
+def evaluations(*tests, val=True):
+    """Evaluations of an MLP, one iteration apart, with these accuracies of two networks each."""
+    rows = Evaluations()
+    for it, accuracies in enumerate(tests):
+        scores = Scores(list(accuracies) if val else [], list(accuracies), [[0.5, 1.0]] * 2)
+        rows.add({"MLP": scores}, 0.01 + it / 1000, [0.9] * it, seconds=3661.0 * it)
+    return rows
+
+
+@pytest.fixture
+def run(tmp_path):
+    """As much of a run, its inputs and its state as reports look at."""
+    losses = [0.9, 0.8]
+    settings = {"dataset": "Toy", "model": "MLP", "ipc": 2, "seed": 0, "Iteration": len(losses)}
+    run = SimpleNamespace(folder=tmp_path / "run", settings=settings, title="Toy, MLP")
+    run.dashboard = SimpleNamespace(place=lambda instead: f"no wandb, {instead}")
+    data = SimpleNamespace(train=(None, torch.arange(9)), classes=NAMES, zca=None, settings={})
+    data.to_pixels = lambda images: images / 2 + 0.5
+    experts = SimpleNamespace(members=[None] * 3, test_accuracies=[0.8, 0.9])
+    state = SimpleNamespace(
+        image_syn=torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        label_syn=torch.tensor([0, 0, 1, 1]),
+        syn_lr=torch.tensor(0.012),
+        losses=losses,
+        evaluations=evaluations((0.2, 0.2), (0.5, 0.7), (0.4, 0.4)),
+        baselines=[{"syn_lr": 0.01, "scores": {"MLP": Scores([0.3, 0.3], [0.25, 0.35])}}],
+        seconds_before=0.0,
+        finished=False,
+    )
+    return run, SimpleNamespace(data=data, experts=experts), state
+
+
+# --------------------------------------------------------------------------------------------------
+# Grids
+
+
+@pytest.mark.parametrize("count, columns, rows", [(3, 3, 1), (10, 5, 2), (11, 10, 2), (20, 10, 2)])
+def test_a_grid_shows_every_image_in_its_order(count, columns, rows):
+    images = torch.zeros(count, 3, 64, 64)
+    for index, image in enumerate(images):
+        image[:, 30:34, 2 * index + 1 : 2 * index + 3] = 1  # a white mark whose place tells which
+    picture = np.array(draw_grid(images, torch.zeros(count).int(), "title", NAMES)).max(2)
+    areas, _ = scipy.ndimage.label(picture == 0)
+    tiles = [tile for tile in scipy.ndimage.find_objects(areas) if picture[tile].size > 1000]
+    marks = [np.argmax(picture[tile].max(0) == 255) / picture[tile].shape[1] * 64 for tile in tiles]
+    assert [round((mark - 1) / 2) for mark in marks] == list(range(count))  # in reading order
+    assert len({tile[1].start for tile in tiles}) == columns
+    assert len({tile[0].start for tile in tiles}) == rows
+
+
+@pytest.mark.parametrize("limit", ["MAX_SIDE", "MAX_PIXELS"])
+def test_a_grid_of_too_many_images_says_how_many_it_shows(monkeypatch, limit):
+    titles = []
+    draw = report.ImageDraw.Draw
+
+    def spy(picture):
+        pen = draw(picture)
+        monkeypatch.setattr(pen, "text", lambda place, text, **_: titles.append(text))
+        return pen
+
+    monkeypatch.setattr(report.ImageDraw, "Draw", spy)
+    monkeypatch.setattr(report, limit, {"MAX_SIDE": 2000, "MAX_PIXELS": 2 * 10**6}[limit])
+    images = torch.zeros(1).expand(500, 3, 32, 32)
+    picture = draw_grid(images, torch.zeros(500).int(), "title", NAMES)
+    assert picture.height <= 2000 or picture.width * picture.height <= 2.1 * 10**6
+    (shown,) = (int(t.split(", ")[1].split(" of 500")[0]) for t in titles if " of 500 images" in t)
+    assert 50 < shown < 500 and shown % 10 == 0 and titles.count("beach") == shown
+
+
+def test_the_largest_grid_fits_into_an_animation():
+    assert report.MAX_SIDE < 2**16 - 1000  # GIF's limit
+    assert report.MAX_PIXELS < Image.MAX_IMAGE_PIXELS  # where Pillow warns
+    images, labels = torch.zeros(1).expand(3000, 3, 16, 16), torch.zeros(3000).int()
+    picture = draw_grid(images, labels, "title", NAMES)
+    assert picture.width * picture.height < 1.1 * report.MAX_PIXELS
+    assert max(picture.size) < 2**16
+
+
+def test_a_name_that_is_too_long_ends_with_its_image():
+    images, labels = torch.zeros(3, 3, 64, 64), torch.zeros(3).int()
+    short, long = (draw_grid(images, labels, "title", [name]) for name in ("i", "i" * 200))
+    assert short.size == long.size
+    short, long = (np.array(picture) for picture in (short, long))
+    assert (short != long).any()  # that it is drawn
+    gaps = (short == 255).all((0, 2))  # between tiles, and left of the first one
+    assert 20 < gaps.sum() and (long[:, gaps] == 255).all()
+
+
+def test_each_image_is_drawn_in_its_own_range():
+    dark = torch.linspace(-0.2, -0.1, 192).view(3, 8, 8)
+    for image in (dark, 100 * dark):
+        drawn = np.array(report.draw_image(image))
+        assert drawn.shape == (8, 8, 3) and (drawn.min(), drawn.max()) == (0, 255)
+    assert not np.array(report.draw_image(torch.ones(3, 8, 8))).any()  # no division by zero
+
+
+def test_values_far_from_the_mean_are_cut_off():
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, 0] = 1000
+    clipped = report.clip(images)
+    assert clipped.max() == pytest.approx(float(images.mean() + 2.5 * images.std()))
+    assert torch.equal(clipped[1:], images[1:])
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of an evaluation
+
+
+@pytest.mark.parametrize("latest, kept", [((0.8, 0.8), True), ((0.1, 0.1), False)])
+def test_tensors_are_kept_of_a_new_best_but_pictures_of_all(run, latest, kept):
+    run, inputs, state = run
+    run.settings["Iteration"] = 5000
+    state.evaluations = evaluations((0.2, 0.2), (0.5, 0.7), latest)
+    report.save_images(run, inputs.data, state)
+    names = {path.name for path in run.folder.iterdir()}
+    tensors = {f"{n}_{tag}.pt" for n in ("images", "labels", "syn_lr") for tag in ("2", "best")}
+    assert names == {"grid_000002.png"} | (tensors if kept else set())
+
+
+@pytest.mark.parametrize("iteration, kept", [(999, False), (1000, True), (4999, True)])
+def test_tensors_are_kept_of_every_thousandth_iteration_and_of_the_last(run, iteration, kept):
+    run, _, state = run
+    run.settings["Iteration"] = 4999
+    state.losses = [0.9] * iteration
+    assert report.is_kept(run, state) == kept
+
+
+@pytest.mark.parametrize("val", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_curves_are_drawn_of_few_and_of_many_iterations(run, val, count):
+    run, _, state = run
+    state.evaluations = evaluations(*[(0.2, 0.3)] * count, val=val)
+    state.losses = [0.9] * (200 * (count - 1))
+    report.save_curves(run, state)
+    with Image.open(run.folder / "curves.png") as picture:
+        assert picture.size == (1600, 450) and len(picture.getcolors(2**20)) > 100
+
+
+def test_an_animation_has_a_frame_per_grid_in_their_order(tmp_path):
+    for it, grey in ((0, 50), (500, 100), (1000, 150)):
+        Image.new("L", (20, 10), grey).save(tmp_path / f"grid_{it:06d}.png")
+    report.save_animation(tmp_path)
+    with Image.open(tmp_path / "animation.gif") as animation:
+        assert animation.n_frames == 3 and animation.info["loop"] == 0
+        for frame, grey in enumerate((50, 100, 150)):
+            animation.seek(frame)
+            assert abs(int(np.array(animation.convert("L"))[5, 5]) - grey) <= 2
+
+
+def test_results_are_json_with_every_number(run):
+    run, inputs, state = run
+    report.save_results(run, inputs, state)
+    content = report.files.read_json(
+        run.folder / "results.json", evaluations=list, random_real=list, settings=dict
+    )
+    assert [row["iteration"] for row in content["evaluations"]] == [0, 1, 2]
+    assert content["evaluations"][1]["scores"]["MLP"]["test"] == [0.5, 0.7]
+    assert content["random_real"][0]["scores"]["MLP"]["val"] == [0.3, 0.3]
+    assert content["settings"] == run.settings
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines
+
+
+def test_a_run_opens_with_what_it_is_or_where_it_resumes(run):
+    run, inputs, state = run
+    lines = report.opening(run, inputs, state).splitlines()
+    assert "4, experts: 3" in lines[0] and str(run.folder) in lines[0]
+    assert lines[-1] == report.EVALUATION_HEADER and len(lines) == 3
+    state.seconds_before = 1.0
+    assert "resuming at iteration 2" in report.opening(run, inputs, state)
+    state.finished = True
+    assert report.opening(run, inputs, state).startswith("finished before, at iteration 2")
+
+
+def test_an_evaluation_takes_a_line_under_the_header_per_network():
+    first, second = evaluations((0.25, 0.25), (0.5, 0.75)).rows
+    line = report.evaluation_lines(second)
+    assert line.split() == "1 MLP 62.50% ± 12.50% 62.50% ± 12.50% 0.01100 0.9000 1:01:01".split()
+    assert len(line) == len(report.evaluation_lines(first)) == len(report.EVALUATION_HEADER)
+    assert report.EVALUATION_HEADER.index("network") == line.index("MLP")
+
+
+def test_the_closing_table_compares_real_distilled_and_all_images(run):
+    run, inputs, state = run
+    _, best, header, real, distilled, experts, place = report.closing_table(
+        run, inputs, state
+    ).splitlines()
+    assert best == "Best iteration: 1" and header.split()[:3] == ["trained", "on", "α"]
+    assert real.split()[:6] == ["4", "random", "real", "images", "0.01000", "MLP"]
+    assert distilled.split() == (
+        "4 distilled images 0.01100 MLP 60.00% ± 10.00% 60.00% ± 10.00%".split()
+    )
+    assert experts.split() == "all 9 training images (experts) 85.00% ± 5.00%".split()
+    assert experts.index("85.00%") == distilled.rindex("60.00%")  # the column of the test set
+    assert str(run.folder) in place
+
+
+def test_the_scores_of_a_saved_set_have_a_line_per_class():
+    scores = {"MLP": Scores([], [0.5, 0.75], [[0.0, 1.0], [0.5, 1.0]])}
+    lines = report.scores_table(scores, NAMES).splitlines()
+    assert lines[1].split() == ["MLP", "62.50%", "±", "12.50%"]
+    assert lines[-2].split() == ["beach", "25.00%", "±", "25.00%"]
+    assert lines[-1].split() == ["forest", "100.00%", "±", "0.00%"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights & Biases
+
+
+@pytest.mark.parametrize("val", [True, False])
+def test_wandb_is_told_the_latest_accuracy_and_that_of_the_best(val):
+    log = report.score_log(evaluations((0.2, 0.2), (0.5, 0.7), (0.4, 0.4), val=val).rows)
+    assert log["Accuracy/MLP"] == pytest.approx(0.4) and log["Std/MLP"] == pytest.approx(0)
+    assert log["Max_Accuracy/MLP"] == pytest.approx(0.6)
+    assert log["Max_Std/MLP"] == pytest.approx(0.1)
+    assert log["Loss"] == pytest.approx(0.9)
+    assert ("Max_Validation_Accuracy/MLP" in log) == val
+
+
+def test_the_best_on_wandb_is_chosen_on_the_validation_images():
+    rows = Evaluations()
+    for val, test in ((0.5, 0.9), (0.6, 0.3)):
+        rows.add({"MLP": Scores([val], [test])}, 0.01, [], seconds=0)
+    assert report.score_log(rows.rows)["Max_Accuracy/MLP"] == 0.3
+    assert "Loss" not in report.score_log(rows.rows[:1])
+
+
+@pytest.mark.parametrize(
+    "ipc, force_save, pictures", [(49, False, True), (50, False, False), (50, True, True)]
+)
+def test_from_50_images_per_class_on_pictures_are_logged_only_when_forced(
+    run, ipc, force_save, pictures
+):
+    run, inputs, state = run
+    run.settings["ipc"] = ipc
+    log = report.evaluation_log(run, inputs.data, state, force_save)
+    assert "Accuracy/MLP" in log and "Pixels" in log
+    assert ("Synthetic_Images" in log) == ("Synthetic_Pixels" in log) == pictures
+
+
+def test_images_are_logged_only_where_they_are_kept(run):
+    run, inputs, state = run
+    run.settings["Iteration"] = 5000
+    log = report.evaluation_log(run, inputs.data, state, force_save=True)
+    assert "Accuracy/MLP" in log and "Pixels" not in log
+
+
+@pytest.mark.parametrize(
+    "mode, account, modes",
+    [
+        (None, True, ["online", "offline"]),
+        (None, False, ["offline"]),
+        ("online", True, ["online", "offline"]),
+        ("offline", True, ["offline"]),
+        ("disabled", False, ["disabled", "offline"]),
+    ],
+)
+def test_wandb_is_online_only_with_an_account(monkeypatch, mode, account, modes):
+    monkeypatch.setattr(report, "logged_in", lambda: account)
+    assert list(report.modes_to_try(mode)) == modes
+
+
+def test_asked_to_go_online_without_an_account_wandb_goes_offline_with_a_warning():
+    with pytest.warns(UserWarning, match="nobody is logged in"):
+        assert list(report.modes_to_try("online")) == ["offline"]
+
+
+def test_a_page_that_fails_is_given_up_with_a_warning(monkeypatch, tmp_path):
+    def fail(**_):
+        raise OSError("no room\nfor wandb")
+
+    monkeypatch.setattr(report.wandb, "init", fail)
+    with pytest.warns(UserWarning, match="wandb cannot start in mode offline: no room"):
+        dashboard = report.Dashboard(tmp_path, "Progress", "offline")
+    dashboard.log({"Loss": 1.0}, step=0)
+    dashboard.finish(Best_Iteration=0)
+    assert dashboard.place("look there") == "no wandb"
+
+
+def test_a_page_that_fails_later_does_not_end_the_run(monkeypatch, tmp_path):
+    class Page:
+        def define_metric(self, *_, **__):
+            pass
+
+        def log(self, values, step):
+            raise RuntimeError("the service died")
+
+    monkeypatch.setattr(report.wandb, "init", lambda **_: Page())
+    dashboard = report.Dashboard(tmp_path, "Progress", "offline")
+    with pytest.warns(UserWarning, match="continuing without it: the service died"):
+        dashboard.log({"Loss": 1.0}, step=0)
+    dashboard.log({"Loss": 1.0}, step=1)  # and pytest would show a second warning
+
+
+def test_the_summary_of_a_run_says_what_it_cost_and_reached(run):
+    _, _, state = run
+    summary = report.run_summary(state.evaluations, 12.5, torch.device("cpu"))
+    assert summary["Best_Iteration"] == 1 and summary["Total_Seconds"] == 12.5
+    assert summary["Best_Accuracy/MLP"] == pytest.approx(0.6)
+    assert summary["Final_Accuracy/MLP"] == pytest.approx(0.4)
+    assert summary["Final_Synthetic_LR"] == pytest.approx(0.012)
+    assert summary["Peak_Memory"] == process.peak_memory(torch.device("cpu"))
+
+
+def test_a_picture_is_written_whole_in_the_format_of_its_name(tmp_path):
+    report.save_picture(tmp_path / "deep" / "a.png", Image.new("RGB", (2, 2)))
+    content = (tmp_path / "deep" / "a.png").read_bytes()
+    assert Image.open(io.BytesIO(content)).format == "PNG"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
