@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import files
 from datasets import DATASETS, IM_SIZE
 from networks import ALIASES
 from process import ReportedError
@@ -52,7 +53,7 @@ not_negative = number(float, 0, below=1e30)
 fraction = number(float, 0, below=1)
 
 
-def folder(text):
+def folder_path(text):
     """A folder's path, `~` expanded: shells leave it alone after `--flag=`."""
     return Path(os.path.expanduser(text))  # pathlib's raises an error for an unknown user
 
@@ -171,10 +172,16 @@ class Parser(argparse.ArgumentParser):
             try:
                 if name in COMMANDS:
                     raise ValueError("no run records it")
-                values[name] = None if value is None else self.types[name](str(value))
+                is_default = value is None and self.defaults[name] is None
+                values[name] = None if is_default else self.types[name](str(value))
             except (LookupError, ValueError, argparse.ArgumentTypeError) as error:
                 raise ReportedError(f"{source} is damaged (flag {name!r}: {error})") from None
         return values
+
+    def recorded(self, folder):
+        """The flags of the run in a folder; none where there is no run, as beside MTT's images."""
+        record = files.read_run(folder)
+        return self.checked(record.flags, folder / files.RUN_RECORD) if record else {}
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -191,34 +198,23 @@ def add_shared_flags(parser, batch_train):
     names = ", ".join(PRESETS)
     add("--preset", choice(PRESETS), None, "NAME", f"settings by name, other flags win: {names}")
     add("--dataset", choice(DATASETS), "EuroSAT", "NAME", ", ".join(DATASETS))
-    add("--data_path", folder, Path("data"), "DIR", "folder of the data set and of its caches")
+    add("--data_path", folder_path, Path("data"), "DIR", "folder of the data set and of its caches")
     side = number(int, 2, below=4097)
-    add(
-        "--im_size",
-        side,
-        None,
-        "PIXELS",
-        f"side of ImageFolder's and ToySAT's images (default: {IM_SIZE})",
-    )
+    size = f"side of the images of ImageFolder, ToySAT (default: {IM_SIZE})"
+    add("--im_size", side, None, "PIXELS", size)
     add("--zca", boolean, False, "BOOL", "ZCA whitening instead of normalisation by channel")
     validation = "part of the training images to choose the best iteration on; 0: the test set"
     add("--val_fraction", fraction, 0.1, "[0,1)", validation)
-    add("--buffer_path", folder, Path("buffers"), "DIR", "folder of the expert trajectories")
+    add("--buffer_path", folder_path, Path("buffers"), "DIR", "folder of the expert trajectories")
 
     add = parser.topic("network and training")
-    add(
-        "--model", model, "ConvNet", "NAME", "ConvNet, a variant (ConvNetW32), MLP, ResNet18, VGG16"
-    )
+    networks = "ConvNet and variants (ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16"
+    add("--model", model, "ConvNet", "NAME", networks)
     add("--lr_teacher", positive, 0.01, "RATE", "experts' learning rate, and where α starts")
     add("--batch_train", count, batch_train, "IMAGES", "images per batch of a network's training")
     add("--dsa", boolean, True, "BOOL", "differentiable Siamese augmentation; False: plain")
-    add(
-        "--dsa_strategy",
-        strategy,
-        DSA_STRATEGY,
-        "GROUPS",
-        "DSA groups, one of which is drawn per batch",
-    )
+    groups = "DSA groups, one of which is drawn per batch"
+    add("--dsa_strategy", strategy, DSA_STRATEGY, "GROUPS", groups)
 
     add = parser.topic("machine")
     seed = number(int, 0, below=2**31)

@@ -35,7 +35,7 @@ class Images(NamedTuple):
 
 
 def torchvision_datasets():
-    """torchvision's data sets, imported where they are needed: it takes a third of the start."""
+    """torchvision's data sets. Importing them takes a third of a script's start: only at need."""
     from torchvision import datasets
 
     return datasets
@@ -70,7 +70,7 @@ def read_pictures(listing, cache, im_size, crop=False):
     The cache is used as long as no picture's name, size or time changes. Raises ReportedError for a
     picture that cannot be used.
     """
-    with files.locked(listing.folder, reader=True):  # one process decodes, others read its cache
+    with files.locked(cache.parent, reader=True):  # one process decodes, others read its cache
         paths = [listing.folder / path for path in listing.paths]
         stats = [os.stat(path) for path in paths]
         known = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(listing.paths, stats)]

@@ -29,8 +29,8 @@ import process
 import report
 import trajectories
 import utils
-from cli import Parser, boolean, choice, count, folder, folder_name, not_negative, number
-from evaluation import EVAL_POOLS, Evaluator, random_real_baseline
+from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
+from evaluation import EVAL_POOLS, Evaluator, evaluate_real
 from preprocessing import Data, random_real
 from process import ReportedError, Stopped, stop
 from reparam_module import UNROLLS, ReparamModule
@@ -80,13 +80,19 @@ def add_flags(parser):
     sets = "instead of distilling, evaluate a saved set (a run's folder, or images_*.pt), random: "
     sets += "--ipc random real images per class, or full: all training images"
     add("--evaluate", str, None, "WHAT", sets)
-    add("--export", folder, None, "DIR", "with --evaluate: write the set for other tools, and end")
+    add(
+        "--export",
+        folder_path,
+        None,
+        "DIR",
+        "with --evaluate: write the set for other tools, and end",
+    )
 
     add = parser.topic("results")
-    add("--log_dir", folder, Path("logged_files"), "DIR", "where results are written")
+    add("--log_dir", folder_path, Path("logged_files"), "DIR", "where results are written")
     add("--run_name", folder_name, None, "NAME", "of the run's folder (default: from the settings)")
     add("--checkpoint_every", count, 100, "ITERATIONS", "from one checkpoint to the next")
-    add("--resume", folder, None, "DIR", "resume the run in DIR, with the flags that it had")
+    add("--resume", folder_path, None, "DIR", "resume the run in DIR, with the flags that it had")
     add("--force_save", boolean, False, "BOOL", "log pictures of 50 images per class and more, too")
 
 
@@ -103,11 +109,11 @@ def parse_args():
     preset = cli.preset_flags(given.get("preset"), "distillation")
     saved = {}
     if "resume" in given:
-        saved = recorded_flags(parser, given["resume"])
+        saved = parser.recorded(given["resume"])
         if not saved:
             parser.error(f"--resume={given['resume']}: no run was started there (no run.json)")
     elif evaluation.is_saved(what):
-        saved = recorded_flags(parser, evaluation.saved_folder(what))
+        saved = parser.recorded(evaluation.saved_folder(what))
         if saved and preset:
             parser.error(f"--preset={given['preset']}: the run has flags of its own: leave it out")
         # Its α is what the images were learned for; None where it is not saved, as by MTT.
@@ -119,12 +125,6 @@ def parse_args():
         reason = "whitening is fitted to whole images; leave one out"
         parser.error(f"--zca and --texture exclude each other: {reason}")
     return args
-
-
-def recorded_flags(parser, place):
-    """The flags of the run in a folder; none where there is no run, as beside MTT's images."""
-    record = files.read_run(place)
-    return parser.checked(record.flags, place / files.RUN_RECORD) if record else {}
 
 
 def check_commands(parser, given):
@@ -148,6 +148,7 @@ class Inputs(NamedTuple):
     data: Data
     experts: Experts
     student: ReparamModule
+    real_sets: tuple  # random real images and labels, a set for each network of an evaluation
     evaluator: Evaluator
     compiler: Compiler
 
@@ -163,9 +164,9 @@ def load_inputs(args):
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
 
     # Seconds: memory-mapped, of which only the segments that can be drawn are read.
-    place = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
+    folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     experts = trajectories.load_experts(
-        place, student.shapes, args.max_files, args.max_experts, args.skip_damaged
+        folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
     )
     experts.check_epochs(args.max_start_epoch, args.expert_epochs)
     experts.check_settings({"val_fraction": args.val_fraction})
@@ -176,8 +177,9 @@ def load_inputs(args):
         args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
     )
     experts.check_settings(data.settings | {"model": args.model})
+    real_sets = evaluation.random_real_sets(data, args.ipc, args.num_eval, args.seed)
     evaluator = evaluation.make_evaluator(args, data, pool, compiler)
-    return Inputs(data, experts, student, evaluator, compiler)
+    return Inputs(data, experts, student, real_sets, evaluator, compiler)
 
 
 def batch_syn_of(args, form):
@@ -205,9 +207,9 @@ def make_student(model, form, amp, device):
 
 def student_augment(args, form):
     """What the student sees of the synthetic images."""
-    groups = utils.augment_groups(True, args.dsa_strategy)
-    if args.no_aug or not args.dsa:  # plain augmentation cannot be differentiated
-        groups = ()
+    # Plain augmentation cannot be differentiated.
+    augments = args.dsa and not args.no_aug
+    groups = utils.augment_groups(True, args.dsa_strategy) if augments else ()
     return Augment(form.im_size, groups, args.canvas_samples if args.texture else 0)
 
 
@@ -221,7 +223,7 @@ def initial_images(data: Data, ipc, pix_init, canvas_size, generator):
     if pix_init == "noise":
         side = canvas_size * data.form.im_size
         return torch.randn(len(label_syn), 3, side, side, generator=generator), label_syn
-    # A canvas of the texture mode is tiled with real images, other ones in each place.
+    # A canvas of the texture mode is tiled with different real images.
     rows = []
     for _ in range(canvas_size):
         tiles = [random_real(data, ipc, generator)[0] for _ in range(canvas_size)]
@@ -324,10 +326,6 @@ class Run(NamedTuple):
     settings: dict  # what its result depends on
     dashboard: report.Dashboard | None  # None: it is finished
 
-    @property
-    def title(self):
-        return f"{self.settings['dataset']}, {self.settings['model']}"
-
 
 @contextmanager
 def open_run(args, inputs, state):
@@ -336,29 +334,29 @@ def open_run(args, inputs, state):
     A signal saves a checkpoint. Raises ReportedError where the folder has another run, or another
     process works on this one.
     """
-    # What the machine and the inputs have made of the flags.
+    # Settings that follow from the machine and the inputs.
     settings = cli.run_settings(args) | {
         "amp": inputs.compiler.amp,
         "batch_syn": batch_syn_of(args, inputs.data.form),
         "data": inputs.data.settings["digest"],
         "experts": inputs.experts.digest(),
     }
-    place = args.resume or args.log_dir / args.dataset / (
-        args.run_name or cli.default_name(settings)
-    )
-    with files.locked(place, wait=False) as mine:
+    folder = args.log_dir / args.dataset / (args.run_name or cli.default_name(settings))
+    if args.resume:
+        folder = args.resume.resolve()
+    with files.locked(folder, wait=False) as mine:
         if not mine:
             raise ReportedError(
-                f"another process is working on the run in {place}: use another --run_name"
+                f"another process is working on the run in {folder}: use another --run_name"
             )
-        record = files.start_run(place, settings, cli.run_flags(args))
-        state.load(place / CHECKPOINT)
+        record = files.start_run(folder, settings, cli.run_flags(args))
+        state.load(folder / CHECKPOINT)
         dashboard = None  # a finished run logs nothing more
         if not state.finished:
             config = settings | {"device": args.device} | process.versions()
-            page = {"id": record.wandb_id, "name": place.resolve().name, "config": config}
-            dashboard = report.Dashboard(place, "Progress", **cli.wandb_flags(args), **page)
-        run = Run(place, settings, dashboard)
+            page = {"id": record.wandb_id, "name": folder.name, "config": config}
+            dashboard = report.Dashboard(folder, "Progress", **cli.wandb_flags(args), **page)
+        run = Run(folder, settings, dashboard)
         try:
             with stop:  # from here on, a signal waits for `stop.check`
                 yield run
@@ -371,6 +369,7 @@ def open_run(args, inputs, state):
 
 def finish(run, inputs, state):
     """Leave everything in the run's folder, then mark the run as finished."""
+    stop.release()  # a signal ends the process at once: the next start makes up for it
     report.save_results(run, inputs, state)
     report.save_curves(run, state)
     report.save_animation(run.folder)
@@ -401,8 +400,7 @@ def check_finite(where, syn_lr, **values):
 def main():
     args = parse_args()
     if args.evaluate:
-        evaluation.evaluate_saved(args, cli.run_settings(args))
-        return
+        return evaluation.evaluate_saved(args, cli.run_settings(args))
 
     # Everything that can be refused is, before anything is written.
     inputs = load_inputs(args)
@@ -423,18 +421,18 @@ def main():
         if args.load_all:  # otherwise each segment is read from the disk, 3 MB of ConvNet
             experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
         if not state.baselines:
-            baseline = random_real_baseline(evaluator, args.ipc, args.lr_teacher, args.seed)
-            state.baselines.append(baseline)
+            alpha = args.lr_teacher
+            state.baselines.append(evaluate_real(evaluator, inputs.real_sets, alpha, args.seed))
 
-        iterations = range(len(state.losses), args.Iteration + 1)
-        for it in process.progress(iterations, desc="distilling", unit="iterations"):
+        bar = report.progress(state, args.Iteration)
+        for it in bar:
             stop.check()
             alpha = state.syn_lr.item()  # waits for the device, once per iteration
             log = {"Progress": it, "Synthetic_LR": alpha}
 
             # Evaluate before the update, as MTT does: iteration 0 is what the images start from.
             due = it % args.eval_it == 0 or it == args.Iteration
-            if due and not state.evaluations.has(it):  # as it has when stopped between the two
+            if due and not state.evaluations.has(it):  # as after a kill before the update
                 images = state.image_syn.detach()
                 scores = evaluator(images, state.label_syn, alpha, (args.seed, it))
                 state.evaluations.add(scores, alpha, state.losses, state.seconds)
@@ -478,14 +476,16 @@ def main():
             seconds = time.perf_counter() - begin
             log = {"Grand_Loss": state.losses[-1], "Start_Epoch": start_epoch, "Seconds": seconds}
             run.dashboard.log(log, step=it)
+            status = f"loss {loss:.4f}, α {alpha:.5f}, best {state.evaluations.best_accuracy:.1%}"
+            bar.set_postfix_str(status, refresh=False)
             if line_due.due():
-                process.log_line(f"iteration {it + 1} of {args.Iteration}, loss {loss:.4f}")
+                process.log_line(f"iteration {it + 1} of {args.Iteration}: {status}")
 
-        # How much of the gain is the learned step size: real images at that α, too.
+        # How much of the gain is due to the learned step size: real images at that α, too.
         best = state.evaluations.best
         if best["iteration"] and len(state.baselines) == 1:
-            baseline = random_real_baseline(evaluator, args.ipc, best["syn_lr"], args.seed)
-            state.baselines.append(baseline)
+            alpha = best["syn_lr"]
+            state.baselines.append(evaluate_real(evaluator, inputs.real_sets, alpha, args.seed))
         finish(run, inputs, state)
 
 

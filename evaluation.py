@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,7 +58,7 @@ class Evaluator:
     """`evaluator(images, labels, syn_lr, key)` trains fresh networks, and gives their `Scores`."""
 
     data: Data
-    pool: dict  # as of `make_pool`
+    pool: dict  # what `make_pool` returns
     num_eval: int  # networks of each name
     epochs: int
     batch_train: int
@@ -68,7 +69,7 @@ class Evaluator:
     def __call__(self, images, labels, syn_lr, key):
         """Scores by the network's name.
 
-        images  (N, 3, H, H), or (num_eval, N, 3, H, H): other ones for each network
+        images  (N, 3, H, H), or (num_eval, N, 3, H, H), a set for each network
         labels  (N,)
         syn_lr  α, the learning rate to train with
         key     of all that is random: initial weights, order of the images, augmentation
@@ -85,10 +86,12 @@ class Evaluator:
         networks = [utils.initial_network(name, form, random, device) for random in generators]
         forwards = [self.compiler(network) for network in networks]
         if step := self.pool[name]:
-            self.train_together(step, networks, images, labels, syn_lr, generators)
+            self.train_together(step, networks, (images, labels), syn_lr, generators)
         else:
-            for *network, x, random in zip(networks, forwards, images, generators):
-                self.evaluate_synset(*network, x, labels, syn_lr, random)
+            fresh = zip(networks, forwards, images, generators)
+            for k, (network, forward, x, generator) in enumerate(fresh):
+                epochs = self.progress(f"{name} {k + 1}/{self.num_eval}")
+                self.evaluate_synset(network, forward, (x, labels), syn_lr, generator, epochs)
 
         warn_of_diverged(name, networks, syn_lr)
         parts = []
@@ -102,29 +105,34 @@ class Evaluator:
             [of_classes for _, of_classes in test],
         )
 
-    def evaluate_synset(self, network, forward, images, labels, syn_lr, generator):
-        """Train a fresh network on images (N, 3, H, H), as MTT's evaluation does.
+    def progress(self, name):
+        """The epochs of a training, `epochs` + 1 as in MTT, with a bar on a terminal."""
+        return process.progress(range(self.epochs + 1), desc=f"evaluation, {name}", unit="epochs")
+
+    def evaluate_synset(self, network, forward, train, syn_lr, generator, epochs):
+        """Train a fresh network on images (N, 3, H, H) and labels, as MTT's evaluation does.
 
         `epochs` + 1 epochs of SGD at `syn_lr`, momentum 0.9 and weight decay 5e-4; after epoch
         `epochs // 2 + 1`, a tenth of the rate and a fresh optimiser.
         """
         optimizer = fresh_sgd(network, syn_lr)
-        for epoch in process.progress(range(self.epochs + 1), desc="evaluation", unit="epochs"):
+        for epoch in epochs:
             stop.check()
-            batches = self.draw_epoch(images, generator)
-            utils.train_epoch(forward, optimizer, images, labels, self.augment, batches)
+            batches = self.draw_epoch(train[0], generator)
+            utils.train_epoch(forward, optimizer, train, self.augment, batches)
             if epoch == self.epochs // 2 + 1:
                 optimizer = fresh_sgd(network, syn_lr * 0.1)
 
-    def train_together(self, step, networks, images, labels, syn_lr, generators):
+    def train_together(self, step, networks, train, syn_lr, generators):
         """What `evaluate_synset` does, for K networks at once, each with draws of its own.
 
-        `step` is `sgd_step` for these networks; images (K, N, 3, H, H).
+        `step` is `sgd_step` for these networks, `train` images (K, N, 3, H, H) and labels (N,).
         """
+        images, labels = train
         thetas = torch.stack([parameters_to_vector(n.parameters()) for n in networks]).detach()
         momenta = torch.zeros_like(thetas)  # (K, P), as the parameters
         rate = torch.tensor(syn_lr, device=thetas.device)
-        for epoch in process.progress(range(self.epochs + 1), desc="evaluation", unit="epochs"):
+        for epoch in self.progress(f"{len(networks)} networks"):
             stop.check()
             of_networks = [self.draw_epoch(x, g) for x, g in zip(images, generators)]
             for batches in zip(*of_networks):
@@ -170,10 +178,9 @@ def random_real_sets(data, ipc, count, seed):
     return torch.stack([images for images, _ in draws]), draws[0][1]
 
 
-def random_real_baseline(evaluator, ipc, syn_lr, seed):
-    """An evaluation of `ipc` random real images per class, others for each network."""
-    images, labels = random_real_sets(evaluator.data, ipc, evaluator.num_eval, seed)
-    scores = of_real_images(evaluator)(images, labels, syn_lr, (seed, "random real"))
+def evaluate_real(evaluator, real_sets, syn_lr, seed):
+    """An evaluation of `random_real_sets`: what a distilled set is compared with."""
+    scores = of_real_images(evaluator)(*real_sets, syn_lr, (seed, "random real"))
     return {"syn_lr": syn_lr, "scores": scores}
 
 
@@ -245,15 +252,24 @@ def is_saved(what):
 
 def saved_folder(what):
     """The folder of a saved set, which is named itself, or by one of its files."""
-    path = Path(what).expanduser()
+    path = expanded(what)
     return path if path.is_dir() else path.parent
+
+
+def expanded(what):
+    return Path(os.path.expanduser(what))  # pathlib's raises an error for an unknown user
+
+
+def saved_path(what, name):
+    """The file of a saved set's "images", "labels" or "syn_lr"."""
+    path = expanded(what)
+    path = path / "images_best.pt" if path.is_dir() else path
+    return path.with_name(path.name.replace("images", name, 1))
 
 
 def read_tensor(what, name):
     """One of a saved set's "images", "labels", "syn_lr"; None where there is no such file."""
-    path = Path(what).expanduser()
-    path = path / "images_best.pt" if path.is_dir() else path
-    path = path.with_name(path.name.replace("images", name, 1))
+    path = saved_path(what, name)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -283,12 +299,14 @@ def load_set(what, form):
 
     Raises ReportedError where they are missing, or do not fit this `datasets.Form`.
     """
-    images, labels = read_tensor(what, "images"), read_tensor(what, "labels")
-    if images is None or labels is None:
-        raise ReportedError(
-            f"--evaluate={what}: images_*.pt or labels_*.pt is not there; name a run's folder, or "
-            "an images_*.pt with labels_*.pt beside it, or random or full"
-        )
+    images = read_tensor(what, "images")
+    labels = read_tensor(what, "labels")
+    for name, tensor in (("images", images), ("labels", labels)):
+        if tensor is None:
+            raise ReportedError(
+                f"--evaluate={what}: {saved_path(what, name)} is not there; name a run's folder, "
+                "or an images_*.pt with labels_*.pt beside it, or random or full"
+            )
     if not (is_image_set(images, form) and is_label_set(labels, images, form)):
         size, last = form.im_size, form.num_classes - 1
         raise ReportedError(
@@ -379,6 +397,7 @@ def evaluate_saved(args, settings):
             print(f"{len(images)} images exported to {args.export}")
             return
     scores = evaluator(images.to(device), labels.to(device), alpha, (args.seed, "saved"))
+    settings = settings | {"amp": compiler.amp}
     title = {"full": "training images", "random": "random real images"}.get(
         args.evaluate, f"images of {args.evaluate}"
     )
@@ -391,8 +410,8 @@ def evaluate_saved(args, settings):
 
 def save_evaluation(args, settings, data, row):
     """Write an evaluation to evaluation.json, in a folder named after it and its settings."""
-    settings = settings | {"data": data.settings["digest"], "syn_lr": row["syn_lr"]}
-    settings["evaluate"] = args.evaluate
+    settings = settings | {"data": data.settings["digest"], "evaluate": args.evaluate}
+    settings["syn_lr"] = settings.pop("lr_teacher")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     name = {"random": f"random_ipc{args.ipc}"}.get(
         args.evaluate, Path(args.evaluate).resolve().stem

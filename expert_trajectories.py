@@ -73,16 +73,18 @@ def train_expert(args, data, compiler, seed, dashboard):
     curves = {"loss": [], "train_accuracy": [], "test_accuracy": []}
     for epoch in range(1, args.train_epochs + 1):
         # All of an epoch is drawn first: it takes one copy to the device, not one per step.
-        images, labels = data.train
-        batches = utils.draw_batches(len(images), args.batch_train, None, augment, random)
+        count = len(data.train[1])
+        batches = utils.draw_batches(count, args.batch_train, None, augment, random)
         batches = utils.to_device(batches, device)
-        bar = process.progress(batches, desc=f"seed {seed}, epoch {epoch}", unit="batches")
+        name = f"expert {seed - args.seed}, epoch {epoch} of {args.train_epochs}"
+        bar = process.progress(batches, desc=name, unit="batches")
+        bar = process.with_lines(bar, line_due, f"{name}: batch")
         # Loss and accuracy are those of the augmented images, as they were trained on.
-        loss, accuracy = utils.train_epoch(forward, optimizer, images, labels, augment, bar)
+        loss, accuracy = utils.train_epoch(forward, optimizer, data.train, augment, bar)
         test_accuracy, _ = utils.accuracy(network, forward, *data.test, args.batch_train)
 
         trajectory.append(snapshot(network))
-        # A student would match NaN for hours without a word.
+        # Otherwise a student would match NaN for hours.
         if not (loss.isfinite() and all(p.isfinite().all() for p in trajectory[-1])):
             raise ReportedError(
                 f"an expert diverged in epoch {epoch}: lower --lr_teacher={args.lr_teacher} or "
@@ -92,8 +94,6 @@ def train_expert(args, data, compiler, seed, dashboard):
             curve.append(round(float(value), 6))
         latest = {key.title(): curve[-1] for key, curve in curves.items()}
         dashboard.log({"Epoch": epoch} | latest, step=epoch)
-        if line_due.due():
-            process.log_line(f"seed {seed}, epoch {epoch} of {args.train_epochs}, loss {loss:.4f}")
         # MTT counts epochs from 0: after its epoch `epochs // 2 + 1`, a fresh optimiser.
         if args.decay and epoch == args.train_epochs // 2 + 2:
             optimizer = sgd(args, network, args.lr_teacher * 0.1)
@@ -193,7 +193,7 @@ def main():
     settings = data.settings | {"model": args.model}
     record = {"settings": settings, "training": training, "versions": process.versions()}
 
-    # A folder that cannot be written is found out before any training.
+    # Training for hours is in vain where the folder cannot be written.
     folder.mkdir(parents=True, exist_ok=True)
     wanted = range(args.seed, args.seed + args.num_experts)
     # Checksums are verified once, here: it takes a second per gigabyte.
@@ -203,7 +203,7 @@ def main():
     print(f"of {form.num_classes} classes; ", end="")
     print(f"{len(here)} of {args.num_experts} experts are in {folder}", flush=True)
 
-    place = None
+    where = None
     while True:
         with claim(folder, settings | training, wanted) as seed:
             if seed is None:
@@ -219,7 +219,7 @@ def main():
             trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
             seconds = round(time.time() - start, 1)
             dashboard.finish()
-            place = dashboard.place("the .json beside each trajectory file has the curves")
+            where = dashboard.where_to_look("the .json of each trajectory file has the curves")
 
             expert = {"seed": seed, "seconds": seconds} | curves
             path = trajectories.expert_path(folder, number)
@@ -230,8 +230,8 @@ def main():
     here = seeds_in(folder, settings | training).intersection(wanted)
     others = "" if len(here) == args.num_experts else "; other processes are training the rest"
     print(f"{len(here)} of {args.num_experts} experts are in {folder}{others}")
-    if place:
-        print(place)
+    if where:
+        print(where)
 
 
 def print_expert(number, expert, name):

@@ -55,7 +55,7 @@ def read_json(path, **kinds):
     content = json.loads(path.read_text())
     for key, kind in kinds.items():
         if not (isinstance(content, dict) and isinstance(content.get(key), kind)):
-            raise ValueError(f"it has no {key!r} of type {kind.__name__}")
+            raise ValueError(f"it has no valid {key!r}")
     return {key: content[key] for key in kinds}
 
 
@@ -183,7 +183,13 @@ def read_run(folder):
     """
     path = folder / RUN_RECORD
     try:
-        return RunRecord(**read_json(path, settings=dict, flags=dict, wandb_id=str))
+        record = read_json(path, settings=dict, flags=(dict, list), wandb_id=str)
+        if isinstance(record["flags"], list):
+            raise ReportedError(
+                f"{path} was written by an earlier version: use that to resume or to evaluate it, "
+                "or start under another --run_name"
+            )
+        return RunRecord(**record)
     except FileNotFoundError:
         return None
     except ValueError as error:

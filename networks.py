@@ -139,26 +139,7 @@ class ResNet18(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # VGG16 (Simonyan & Zisserman 2015), with one linear layer
 
-VGG16_WIDTHS = (
-    64,
-    64,
-    "pool",
-    128,
-    128,
-    "pool",
-    256,
-    256,
-    256,
-    "pool",
-    512,
-    512,
-    512,
-    "pool",
-    512,
-    512,
-    512,
-    "pool",
-)
+VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 class VGG16(nn.Module):
@@ -169,16 +150,13 @@ class VGG16(nn.Module):
         if im_size % 32:
             raise ValueError(f"VGG16 takes images whose side is a multiple of 32, not {im_size}")
         layers = []
-        for width in VGG16_WIDTHS:
-            if width == "pool":
-                layers.append(nn.MaxPool2d(2))
-            else:
-                layers += [
-                    nn.Conv2d(channels, width, kernel_size=3, padding=1),
-                    nn.GroupNorm(width, width),
-                    nn.ReLU(),
-                ]
+        for widths in VGG16_STAGES:
+            for width in widths:
+                layers.append(nn.Conv2d(channels, width, kernel_size=3, padding=1))
+                layers.append(nn.GroupNorm(width, width))
+                layers.append(nn.ReLU())
                 channels = width
+            layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(512 * (im_size // 32) ** 2, num_classes)
 

@@ -84,17 +84,22 @@ class Stop:
 
     def __enter__(self):
         self.signal = None
+        self.handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs have it
                 self.handlers[number] = signal.signal(number, self.note)
 
     def __exit__(self, *_):
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
+        self.release()
+
+    def release(self):
+        """From here on, signals do what they did before."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def note(self, number, frame):
         self.signal = number
-        self.__exit__()
+        self.release()
 
     def check(self):
         """Raise `Stopped` where a signal has arrived."""
@@ -115,7 +120,7 @@ def progress(iterable, **options):
 
 
 class Interval:
-    """`due()` is true once in so many seconds, and first after as many."""
+    """`due()` is true whenever so many seconds have passed since it was, or since the start."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -135,9 +140,17 @@ def write_line(text):
 
 
 def log_line(text):
-    """A line on standard error, unless that is a terminal, where bars show the same."""
+    """A line on standard error, unless that is a terminal, where a bar shows the same."""
     if not sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
+
+
+def with_lines(items, interval, text):
+    """`items`, with a log line whenever `interval` is due: `text`, and how far it is."""
+    for number, item in enumerate(items):
+        if interval.due():
+            log_line(f"{text} {number} of {len(items)}")
+        yield item
 
 
 def duration(seconds):

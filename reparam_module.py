@@ -135,7 +135,7 @@ class AdjointUnroll:
         self.step_back = compile(step_back)
 
     def __call__(self, theta_start, theta_target, image_syn, syn_lr, batches):
-        """As of `AutogradUnroll`."""
+        """The same as for `AutogradUnroll`."""
         alpha = syn_lr.detach()
         # The θ_i are allocated in one piece, before any activation: between these, which come and
         # go, they would fragment the heap.

@@ -57,7 +57,7 @@ def opening(run, inputs, state):
     images, experts = len(state.label_syn), len(inputs.experts.members)
     lines = [
         f"synthetic images: {images}, experts: {experts}; results in {run.folder}",
-        run.dashboard.place("the pictures and results.json show the same"),
+        run.dashboard.where_to_look("the pictures and results.json show the same"),
     ]
     if state.seconds_before:
         lines.append(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
@@ -142,15 +142,27 @@ def draw_grid(images, labels, title, classes):
     picture_w = gap + max(columns * cell_w, int(font.getlength(title)))
     picture = Image.new("RGB", (picture_w, head + rows * cell_h), "white")
     ImageDraw.Draw(picture).text((gap, 6), title, fill="black", font=font)
-    for place in range(shown):
+    for index in range(shown):
         tile = Image.new("RGB", (width * scale, cell_h), "white")  # cuts names that are too long
-        image = draw_image(images[place])
+        image = draw_image(images[index])
         tile.paste(image.resize((width * scale, height * scale), Image.Resampling.NEAREST))
-        name = classes[labels[place]]
+        name = classes[labels[index]]
         ImageDraw.Draw(tile).text((0, height * scale + 2), name, fill="black", font=font)
-        row, column = divmod(place, columns)
+        row, column = divmod(index, columns)
         picture.paste(tile, (gap + column * cell_w, head + row * cell_h))
     return picture
+
+
+def progress(state, iterations):
+    """The iterations that are left, one more than there are updates, with a bar on a terminal."""
+    done = len(state.losses)
+    numbers = range(done, iterations + 1)
+    bar = {"initial": done, "total": iterations, "desc": "distilling", "unit": "iterations"}
+    return process.progress(numbers, **bar)
+
+
+def run_title(run):
+    return f"{run.settings['dataset']}, {run.settings['model']}"
 
 
 def save_images(run, data, state):
@@ -159,7 +171,7 @@ def save_images(run, data, state):
     images = state.image_syn.detach().cpu()
     labels = state.label_syn.cpu()
     pixels = clip(data.to_pixels(images))
-    grid = draw_grid(pixels, labels, f"{run.title}, iteration {it}", data.classes)
+    grid = draw_grid(pixels, labels, f"{run_title(run)}, iteration {it}", data.classes)
     save_picture(run.folder / f"grid_{it:06d}.png", grid)
     if is_kept(run, state):
         # Bare tensors: images_*.pt and labels_*.pt are what MTT's tools read.
@@ -187,9 +199,8 @@ def save_picture(path, picture, **options):
 def save_animation(folder):
     """`animation.gif` of a run's grids, from the first iteration to the last."""
     first, *others = sorted(folder.glob("grid_*.png"))
-    frames = (
-        Image.open(path).convert("RGB") for path in others
-    )  # opened one by one: they are large
+    # Opened one by one, since they are large.
+    frames = (Image.open(path).convert("RGB") for path in others)
     save_picture(
         folder / "animation.gif",
         Image.open(first).convert("RGB"),
@@ -209,7 +220,7 @@ def save_curves(run, state):
     rows = state.evaluations.rows
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     ipc, seed = run.settings["ipc"], run.settings["seed"]
-    figure.suptitle(f"{run.title}, images per class: {ipc}, seed {seed}")
+    figure.suptitle(f"{run_title(run)}, images per class: {ipc}, seed {seed}")
     accuracy, loss, alpha = figure.subplots(1, 3)
     plot_accuracy(accuracy, rows, state.baselines)
     plot_loss(loss, state.losses)
@@ -304,8 +315,8 @@ class Dashboard:
         self.attempt(lambda page: page.summary.update(summary))
         self.attempt(lambda page: page.finish())
 
-    def place(self, instead):
-        """Where to look, in a line; `instead` says where without an account."""
+    def where_to_look(self, instead):
+        """A line; `instead` says where to look without an account."""
         if not self.page:
             return "no wandb"
         if self.page.settings.mode != "offline":
@@ -342,7 +353,7 @@ def evaluation_log(run, data, state, force_save):
         images, labels = state.image_syn.detach().cpu(), state.label_syn.cpu()
         log["Pixels"] = wandb.Histogram(images)
         if run.settings["ipc"] < 50 or force_save:
-            title = f"{run.title}, iteration {len(state.losses)}"
+            title = f"{run_title(run)}, iteration {len(state.losses)}"
             log |= picture_log(images, labels, data, title)
     return log
 

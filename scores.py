@@ -33,8 +33,8 @@ class Scores:
         return np.mean(self.val or self.test)
 
 
-def selection_accuracy(scores):
-    """The same for the `scores` of all networks, by name."""
+def mean_selection_accuracy(scores):
+    """The mean over networks, of their `scores` by name."""
     return np.mean([score.selection_accuracy for score in scores.values()])
 
 
@@ -47,7 +47,12 @@ class Evaluations:
     @property
     def best(self):
         """The evaluation with the highest selection accuracy, the first of several."""
-        return max(self.rows, key=lambda row: selection_accuracy(row["scores"]))
+        return max(self.rows, key=lambda row: mean_selection_accuracy(row["scores"]))
+
+    @property
+    def best_accuracy(self):
+        """The selection accuracy of the best evaluation."""
+        return mean_selection_accuracy(self.best["scores"])
 
     @property
     def latest_is_best(self):
@@ -57,7 +62,7 @@ class Evaluations:
         return any(row["iteration"] == iteration for row in self.rows)
 
     def add(self, scores, syn_lr, losses, seconds):
-        """Take the evaluation after as many iterations as there are `losses`."""
+        """Add the evaluation that follows the iterations with these `losses`."""
         recent = losses[self.rows[-1]["iteration"] if self.rows else 0 :]
         row = {
             "iteration": len(losses),

@@ -53,9 +53,8 @@ class LandPainter:
     def noise(self, wavelength):
         """Smooth random fields of unit variance: white noise, low-passed in Fourier space."""
         frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64))
-        lowpass = np.exp(-((wavelength * frequency) ** 2)) * (
-            frequency > 0
-        )  # no DC: it would swamp long wavelengths
+        lowpass = np.exp(-((wavelength * frequency) ** 2))
+        lowpass[0, 0] = 0  # no DC: it would swamp long wavelengths
         spectrum = np.fft.rfft2(self.rng.standard_normal((self.n, 64, 64), np.float32))
         field = np.fft.irfft2(spectrum * lowpass.astype(np.float32))
         return field / field.std((1, 2), keepdims=True)
@@ -99,9 +98,8 @@ class LandPainter:
         palette = np.hstack([SOIL, GREEN[:, 2:]])
         scene = cover(self.tones(palette), 0.5 + 0.4 * self.noise(16), self.tones(palette))
         scene = scene * np.exp(0.12 * self.noise(6))
-        return cover(
-            scene, 1 - 6 * np.abs(self.noise(20)), self.tones(SOIL), self.uniform(0, 0.8)
-        )  # gullies
+        gullies = 1 - 6 * np.abs(self.noise(20))
+        return cover(scene, gullies, self.tones(SOIL), self.uniform(0, 0.8))
 
     def pasture(self):
         at, border = self.parcels(*self.axes(2), self.uniform(18, 32), self.uniform(25, 50))
@@ -120,12 +118,10 @@ class LandPainter:
             self.rng.integers(4, 9, (2, self.n, 1, 1)),
         )
         at, border = self.parcels(u, v, spacing * rows[0], spacing * rows[1])
-        vines = at(
-            self.rng.random((self.n, 64)) < 0.4
-        )  # rows without gaps, where an orchard has single trees
-        plants = np.cos(2 * np.pi * u / spacing) + np.where(
-            vines, 0.5, np.cos(2 * np.pi * v / spacing)
-        )
+        # Vines are rows without gaps, where an orchard has single trees.
+        vines = at(self.rng.random((self.n, 64)) < 0.4)
+        along = np.where(vines, 0.5, np.cos(2 * np.pi * v / spacing))
+        plants = np.cos(2 * np.pi * u / spacing) + along
         soil = at(self.tones(np.hstack([SOIL, SOIL, GREEN[:, 3:]]), 64))
         return cover(soil, 0.8 * plants * (border > 1), self.tones(GREEN[:, :3]))
 
@@ -160,10 +156,8 @@ class LandPainter:
 
     def highway(self):
         scene, (u, v), curve = self.countryside(), self.axes(0), self.uniform(-0.008, 0.008)
-        for line in (
-            u + curve * v**2,
-            v + self.uniform(-70, 70),
-        ):  # the second crosses, if inside of the image
+        crossing = v + self.uniform(-70, 70)  # often outside of the image
+        for line in (u + curve * v**2, crossing):
             scene = cover(scene, self.uniform(2.5, 4) - np.abs(line), self.tones(GREY))
             scene = cover(scene, 1 - np.abs(line), self.tones(GREEN), 0.5)  # central reservation
         return scene
@@ -180,9 +174,9 @@ class LandPainter:
     def sea_lake(self):
         u, v = self.axes(3)
         waves = 0.03 * np.sin(u / self.uniform(0.6, 1.5)) + 0.04 * self.noise(40)
-        return cover(
-            self.tones(WATER) * (1 + waves), v - self.uniform(15, 120), self.tones(SOIL)
-        )  # some have a shore
+        water = self.tones(WATER) * (1 + waves)
+        shore = v - self.uniform(15, 120)  # often outside of the image
+        return cover(water, shore, self.tones(SOIL))
 
     def photograph(self, scene):
         """Light, haze and sensor noise, which differ between images of a class."""

@@ -56,11 +56,17 @@ def read_record(path):
 
     Compares the file's size, not its content. Raises DamagedFile.
     """
-    place = path.with_suffix(".json")
+    record_path = path.with_suffix(".json")
+    kinds = {"settings": dict, "training": dict, "expert": dict, "bytes": int, "sha256": str}
     try:
-        record = files.read_json(
-            place, settings=dict, training=dict, expert=dict, bytes=int, sha256=str
-        )
+        content = json.loads(record_path.read_text())
+        if isinstance(content, dict) and isinstance(content.get("experts"), list):
+            raise ReportedError(
+                f"{record_path} was written by an earlier version, which kept several experts in a "
+                "file: train into another --buffer_path, or move the .json away, and they are read "
+                "as MTT's"
+            )
+        record = files.read_json(record_path, **kinds)
         expert = record["expert"]
         if not (isinstance(expert["seed"], int) and expert["loss"]):
             raise ValueError("its expert has no seed or no losses")
@@ -70,7 +76,7 @@ def read_record(path):
         return None
     except (ValueError, TypeError, LookupError) as error:
         fault = f"{type(error).__name__}: {first_line(error)}"
-        raise DamagedFile(f"{place} is damaged ({fault}): {REMEDY}") from None
+        raise DamagedFile(f"{record_path} is damaged ({fault}): {REMEDY}") from None
     size = path.stat().st_size
     if size != record["bytes"]:
         raise DamagedFile(

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import scipy.ndimage
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from networks import get_network
-from process import ReportedError, first_line
+from process import ReportedError, first_line, write_line
 
 # --------------------------------------------------------------------------------------------------
 # Seeding
@@ -271,13 +270,16 @@ class Augment:
 
 
 def draw_batches(count, batch_size, steps, augment, generator):
-    """`steps` batches from random permutations of `count` images (`steps` None: one epoch)."""
-    steps = steps or math.ceil(count / batch_size)
-    batches = []
-    while len(batches) < steps:
-        for indices in torch.randperm(count, generator=generator).split(batch_size):
-            batches.append(augment.draw(indices, generator))
-    return batches[:steps]
+    """`steps` batches from random permutations of `count` images; `steps` None: one epoch."""
+    if steps is None:
+        chunks = torch.randperm(count, generator=generator).split(batch_size)
+        return [augment.draw(indices, generator) for indices in chunks]
+    batches, chunks = [], []
+    for _ in range(steps):
+        if not chunks:
+            chunks = list(torch.randperm(count, generator=generator).split(batch_size))
+        batches.append(augment.draw(chunks.pop(), generator))  # the last one first, as in MTT
+    return batches
 
 
 def to_device(batches, device):
@@ -292,7 +294,7 @@ def to_device(batches, device):
 
 
 def send(tensors, device):
-    """The same tensors on `device`, packed into one for the way."""
+    """The same tensors on `device`, copied there as one."""
     # Larger types come first, so that each part begins at a multiple of its type's size.
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     packed = torch.cat([tensors[i].reshape(-1).view(torch.uint8) for i in order])
@@ -310,7 +312,8 @@ def send(tensors, device):
 class Compiler:
     """How networks and functions run: through `torch.compile`, in bfloat16 (`amp`), or as they are.
 
-    What cannot be compiled, without a C++ compiler for instance, runs as it is, after a warning.
+    Where something cannot be compiled, without a C++ compiler for instance, all runs as it is from
+    then on, after a warning.
     """
 
     def __init__(self, compile=True, amp=False):
@@ -321,18 +324,23 @@ class Compiler:
             torch._dynamo.config.recompile_limit = 64
             torch._dynamo.config.suppress_errors = True
             log = logging.getLogger("torch._dynamo.convert_frame")
-            if not any(isinstance(filter, WarnOnce) for filter in log.filters):
-                log.addFilter(WarnOnce())
+            if FAILURES not in log.filters:
+                log.addFilter(FAILURES)
+
+    @property
+    def compiles(self):
+        return self.compile and not FAILURES.seen
 
     def __call__(self, network):
         """A function from images (B, C, H, W) to the network's logits (B, classes), in float32."""
-        compiled = torch.compile(network, dynamic=False) if self.compile else network
+        compiled = torch.compile(network, dynamic=False) if self.compile else None
 
         def forward(x):
-            if self.compile:  # whose convolutions are faster in this layout
-                x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                return compiled(x).float()
+                if not self.compiles:
+                    return network(x).float()
+                # Compiled convolutions are faster in this layout.
+                return compiled(x.contiguous(memory_format=torch.channels_last)).float()
 
         return forward
 
@@ -344,46 +352,54 @@ class Compiler:
         if not self.compile:
             return function
         compiled = torch.compile(function, dynamic=False, mode="reduce-overhead")
-        name = getattr(function, "func", function).__name__  # a partial has `func` for a name
+        name = getattr(function, "func", function).__name__  # of a partial, the function's
         is_first = True
 
         def call(*tensors):
             nonlocal is_first
+            if not self.compiles:
+                return function(*tensors)
             start = time.perf_counter()
             torch.compiler.cudagraph_mark_step_begin()
             results = compiled(*tensors)
             if tensors[0].is_cuda:  # the next replay overwrites the graph's own results
                 results = tuple(result.clone() for result in results)
-            if is_first:
-                tqdm.write(f"compiled {name} in {time.perf_counter() - start:.0f} s")
-                is_first = False
+            if is_first and self.compiles:
+                write_line(f"compiled {name} in {time.perf_counter() - start:.0f} s")
+            is_first = False
             return results
 
         return call
 
 
-class WarnOnce(logging.Filter):
-    """One warning that compilation failed, in place of PyTorch's log of each failure."""
+class CompileFailures(logging.Filter):
+    """Turns PyTorch's log of a compilation that failed into one warning, and remembers it."""
 
-    warned = False
+    def __init__(self):
+        super().__init__()
+        self.seen = False
 
     def filter(self, record):
-        if record.exc_info and not self.warned:
-            self.warned = True
+        if record.exc_info and not self.seen:
+            self.seen = True
             error = first_line(record.exc_info[1])
             warnings.warn(f"torch.compile failed, continuing without it: {error}")
         return not record.exc_info
+
+
+FAILURES = CompileFailures()  # one for the process, as loggers are
 
 
 # --------------------------------------------------------------------------------------------------
 # Training and testing a network
 
 
-def train_epoch(forward, optimizer, images, labels, augment, batches):
-    """Train on drawn batches of images (N, C, H, W) with labels (N,), a step for each.
+def train_epoch(forward, optimizer, train, augment, batches):
+    """Train on drawn batches of `train`, images (N, C, H, W) and labels (N,), a step for each.
 
     Returns their mean loss and accuracy, scalars on the images' device: reading them waits for it.
     """
+    images, labels = train
     loss_sum, hits = torch.zeros(2, device=images.device)
     seen = 0
     for batch in batches:

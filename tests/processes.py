@@ -16,7 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOADED = ["distillation", "expert_trajectories", "pytest", "processes"]
+# The scripts, what they import when they need it, and what unpickles a `Process`.
+PRELOADED = ["distillation", "expert_trajectories", "torchvision", "torch._dynamo", "requests"]
+PRELOADED += ["matplotlib.backends.backend_agg", "yaml", "pytest", "processes"]
 context = multiprocessing.get_context("forkserver")
 
 

@@ -1,52 +1,87 @@
-"""The benchmarks: they run, and the memory that they measure is as constant as the engine claims."""
+"""The benchmarks run, count what can be counted by hand, and time MTT's own loop."""
 
 import json
+import math
 import subprocess
 import sys
-from pathlib import Path
 
-import torch
+import pytest
+from conftest import ROOT
 
-import utils
+import process
+from preprocessing import Form
+from utils import Augment
 
-BENCH = Path(__file__).parent / "benchmarks" / "bench.py"
-
-
-def bench(*flags, cwd):
-    done = subprocess.run([sys.executable, BENCH, *flags], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+FOLDER = ROOT / "tests" / "benchmarks"
 
 
-def test_a_short_benchmark_prints_a_table_and_writes_it_as_json(tmp_path):
-    out = bench("--model=ConvNetD1", "--steps", "2", "--repeat=2", "--epochs=10", "--no-compile", "--no-amp",
-                "--device=cpu", cwd=tmp_path)
-    results = json.loads((tmp_path / "benchmarks.json").read_text())
-    assert [(row["engine"], row["steps"], len(row["seconds"])) for row in results["iterations"]] == [
-        ("adjoint", 2, 2), ("autograd", 2, 2)]
-    assert all(row["median"] > 0 and row["peak"] > 1e8 for row in results["iterations"])
-    assert all(f"{row['engine']:10} float32" in out for row in results["iterations"])
-    assert results["experts float32"]["images per second"] > 0 and results["evaluation float32"]["seconds"] > 0
-    # A step of one layer is counted by hand: forward and weights' gradient of the convolution, and the linear layer.
-    convolution, linear = 2 * 10 * 64 * 64 * 128 * 27, 2 * 10 * 128 * 32 * 32 * 10
-    assert results["counts"]["float32"]["adjoint"]["flop"] >= 5 * convolution + 8 * linear
-    assert results["versions"] == utils.versions()
+@pytest.fixture
+def bench(monkeypatch):
+    """The module, with smaller images and less to train on, and all in this process."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import bench
+
+    monkeypatch.setattr(bench, "FORM", Form(10, 16))
+    monkeypatch.setattr(bench, "AUGMENT", Augment(16, bench.AUGMENT.groups))
+    monkeypatch.setattr(bench, "EXPERT_BATCHES", 1)
+    monkeypatch.setattr(bench, "child", bench.measure)
+    return bench
 
 
-def test_memory_of_the_adjoint_does_not_grow_with_the_steps_but_for_parameters_and_augmented_images(tmp_path):
-    flags = {"what": "iteration", "device": "cpu", "model": "ConvNetW32", "ipc": 1, "unroll": "adjoint", "amp": False,
-             "compile": False, "repeat": 0}
+FEW = ["--model=ConvNetD1", "--repeat=2", "--epochs=2", "--size=64", "--no-compile"]
+FEW += ["--device=cpu"]
 
-    def peak(times=3, **more):
-        """The least of several processes: by fragmentation of the heap, tens of megabytes come and go with chance."""
-        return min(json.loads(bench("--child", json.dumps(flags | more), cwd=tmp_path))["peak"] for _ in range(times))
 
-    short, long = peak(steps=10), peak(steps=80)
-    network = utils.initial_network("ConvNetW32", (10, 64), utils.make_generator(0), "cpu")
-    parameters = sum(p.numel() for p in network.parameters())
-    assert long - short <= 0.05 * short + 70 * 4 * (parameters + 10 * 3 * 64 * 64)
-    # That the graph of ten steps takes more shows that this measures something.
-    assert peak(times=1, unroll="autograd", steps=10) > long
+def test_a_benchmark_prints_a_table_and_writes_it_as_json(bench, tmp_path, capsys):
+    path = tmp_path / "benchmarks.json"
+    bench.main([*FEW, "--steps", "10", "12", "--no-amp", f"--out={path}"])
+    results = json.loads(path.read_text())
+    measured = [(row["engine"], row["steps"]) for row in results["iterations"]]
+    assert measured == [("adjoint", 10), ("adjoint", 12), ("autograd", 10), ("autograd", 12)]
+    for row in results["iterations"]:
+        assert len(row["seconds"]) == 2 and row["median"] > 0 and row["peak"] > 1e8
+    assert results["experts float32"]["images per second"] > 0
+    assert math.isfinite(results["evaluation float32"]["seconds"])
+    assert all(rate > 0 for rate in results["limits"].values())
+    assert not any("bfloat16" in name for name in results["limits"])
+    assert results["versions"] == process.versions()
+
+    out = capsys.readouterr().out
+    for part in (
+        "adjoint    float32     12 ",
+        "autograd, float32: ",
+        "MB more for every further step",
+        "floor of a step, adjoint, float32: ",
+        "images/s",
+        "s per network and epoch",
+    ):
+        assert part in out
+
+
+def test_a_benchmark_counts_the_operations_of_a_step(bench):
+    counts = bench.measure("counts", "cpu", model="ConvNetD1", ipc=1, precision="float32")
+    # At least, by hand: forward passes and the gradients of weights on both ways.
+    convolution, linear = 2 * 10 * 16 * 16 * 128 * 27, 2 * 10 * 128 * 8 * 8 * 10
+    assert counts["adjoint"]["flop"] >= 5 * convolution + 8 * linear
+    assert counts["adjoint"]["flop"] > counts["autograd"]["flop"] > 2 * convolution
+    assert all(count["bytes"] > 4 * 10 * 3 * 16 * 16 for count in counts.values())
+
+
+def test_a_row_is_measured_in_a_process_of_its_own():
+    arguments = {"what": "limits", "device": "cpu", "precisions": ["float32"], "size": 32}
+    command = [sys.executable, FOLDER / "bench.py", "--child", json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout).keys() == {
+        "matmul float32, GFLOP/s",
+        "convolution float32, GFLOP/s",
+        "copy, GB/s",
+    }
+
+
+@pytest.mark.bfloat16
+def test_gradients_in_bfloat16_are_close_to_those_in_float32(bench):
+    options = {"model": "ConvNetD1", "ipc": 1, "steps": 2, "compile": False}
+    assert 0.9 < bench.measure("cosine", "cpu", **options)["cosine"] < 1
 
 
 CHECKOUT = {  # what mtt.py touches of MTT's code
@@ -73,13 +108,14 @@ from scipy.ndimage.interpolation import rotate
 from utils import evaluate_synset, get_dataset
 
 if __name__ == "__main__":
+    print("what MTT prints is not in the way")
     parser = argparse.ArgumentParser()
     parser.add_argument("--Iteration", type=int)
-    args = parser.parse_args()
+    args, _ = parser.parse_known_args()
     channel, im_size, num_classes, *_, class_map, _ = get_dataset("CIFAR10")
-    assert (channel, im_size, num_classes, class_map[9]) == (3, (64, 64), 10, 9)
+    assert (channel, im_size, num_classes, class_map[9]) == (3, (16, 16), 10, 9)
     wandb.init(project="MTT", config=args)
-    assert wandb.config._items["Iteration"] == 2
+    assert wandb.config._items["Iteration"] == args.Iteration
     assert evaluate_synset() == evaluate_synset() and len(utils.calls) == 1
     for it in range(args.Iteration + 1):
         wandb.log({"Synthetic_LR": 0.01}, step=it)
@@ -90,13 +126,23 @@ if __name__ == "__main__":
 }
 
 
-def test_mtts_own_script_is_run_and_its_iterations_and_one_evaluation_are_timed(tmp_path):
+def test_mtts_own_script_is_run_and_its_iterations_and_one_evaluation_are_timed(bench, tmp_path):
     for name, text in CHECKOUT.items():
         (tmp_path / name).write_text(text)
-    torch.save((torch.zeros(10, 3, 64, 64), torch.arange(10)), tmp_path / "images.pt")
-    done = subprocess.run([sys.executable, BENCH.with_name("mtt.py"), tmp_path, tmp_path, tmp_path / "images.pt",
-                           "--Iteration=2"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    times = json.loads(done.stdout)
-    assert len(times["iterations"]) == 3 and all(0.1 <= seconds < 0.2 for seconds in times["iterations"])
-    assert 0.2 <= times["evaluation"] < 0.4 and times["peak"] > 1e8
+    args = bench.parse_args([*FEW, f"--peer={tmp_path}"])
+    row = bench.measure_mtt(args, steps=20)
+    assert len(row["seconds"]) == 2 and row["peak"] > 1e8
+    assert all(0.1 <= seconds < 1 for seconds in (row["first"], *row["seconds"]))
+    assert 0.2 <= 3 * row["evaluation"] < 2  # epochs, and one that MTT adds
+
+
+def test_rows_are_compared_with_those_of_mtt_with_as_many_steps(bench, capsys):
+    table = bench.Table()
+    table.add("MTT", "float32", 20, {"seconds": [4.0, 8.0, 6.0], "peak": 4e9, "first": 9.0})
+    for steps in (10, 20):
+        row = {"seconds": [3.0], "peak": 1e9, "first": 3.0}
+        table.add("adjoint", "float32", steps, row)
+    table.add("autograd", "float32", 80, {"not measured": "would need more memory"})
+    *_, ten, twenty, eighty = capsys.readouterr().out.splitlines()
+    assert "x" not in ten and "2.00 x,  4.00 x" in twenty
+    assert "(would need more memory)" in eighty

@@ -30,8 +30,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import datasets  # found through the line above
 import evaluation
@@ -47,6 +46,7 @@ from utils import Augment, Compiler
 FORM = Form(10, 64)
 AUGMENT = Augment(FORM.im_size, utils.augment_groups(True, utils.DSA_STRATEGY))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXPERT_BATCHES = 10  # of 128 images, in an epoch of an expert's training
 LR = 0.01
 
 # --------------------------------------------------------------------------------------------------
@@ -203,19 +203,20 @@ def measure_counts(device, model, ipc, precision):
 def measure_experts(device, model, precision, compile, repeat):
     """Training on real images, in batches of 128: images per second."""
     random = utils.make_generator("experts")
-    images = torch.randn(10 * 128, 3, FORM.im_size, FORM.im_size, generator=random).to(device)
-    labels = torch.randint(FORM.num_classes, (len(images),), generator=random).to(device)
+    count = EXPERT_BATCHES * 128
+    images = torch.randn(count, 3, FORM.im_size, FORM.im_size, generator=random).to(device)
+    labels = torch.randint(FORM.num_classes, (count,), generator=random).to(device)
     network = utils.initial_network(model, FORM, random, device)
     forward = Compiler(compile, amp=precision == "bfloat16")(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
 
     def epoch():
-        batches = utils.draw_batches(len(images), 128, None, AUGMENT, random)
+        batches = utils.draw_batches(count, 128, None, AUGMENT, random)
         batches = utils.to_device(batches, device)
         utils.train_epoch(forward, optimizer, images, labels, AUGMENT, batches)
 
     _, *others = seconds_of(epoch, device, repeat + 1)
-    return {"images per second": len(images) / statistics.median(others)}
+    return {"images per second": count / statistics.median(others)}
 
 
 def measure_evaluation(device, model, ipc, precision, compile, epochs):
@@ -472,7 +473,6 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     if args.child:
-        process.keep_freed_memory()  # as the scripts do
         print(json.dumps(measure(**args.child)))
         return
     device = torch.device(args.device)
@@ -490,4 +490,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    process.run_script(main, less_memory="lower --steps or --ipc")
