@@ -132,8 +132,8 @@ def test_mtts_own_script_is_run_and_its_iterations_and_one_evaluation_are_timed(
     args = bench.parse_args([*FEW, f"--peer={tmp_path}"])
     row = bench.measure_mtt(args, steps=20)
     assert len(row["seconds"]) == 2 and row["peak"] > 1e8
-    assert all(0.1 <= seconds < 1 for seconds in (row["first"], *row["seconds"]))
-    assert 0.2 <= 3 * row["evaluation"] < 2  # epochs, and one that MTT adds
+    assert all(0.1 <= seconds < 5 for seconds in (row["first"], *row["seconds"]))
+    assert 0.2 <= 3 * row["evaluation"] < 5  # epochs, and one that MTT adds
 
 
 def test_rows_are_compared_with_those_of_mtt_with_as_many_steps(bench, capsys):

@@ -155,6 +155,13 @@ def test_a_foreign_run_cannot_say_more_than_a_run_does(parsed, tmp_path, flags, 
         assert "\n" not in str(error.value)
 
 
+def test_a_run_of_an_earlier_version_is_named_as_such(parsed, tmp_path):
+    content = {"settings": {}, "flags": ["--ipc=1"], "wandb_id": "x"}
+    files.write_json(tmp_path / "run.json", content)
+    with pytest.raises(ReportedError, match=r"run\.json was written by an earlier version"):
+        parsed(distillation, f"--resume={tmp_path}")
+
+
 def test_what_has_no_effect_is_no_part_of_what_a_run_is(parsed):
     def settings(*flags):
         return cli.run_settings(argparse.Namespace(**parsed(distillation, *flags)))

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, scripts take every command, and those of the README run."""
+"""README and docs: links lead somewhere, and scripts take every command and run the README's."""
 
 import re
 import shlex

@@ -120,10 +120,10 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other(eval
     labels = torch.arange(7)
     alone, together, initial = (small_networks() for _ in range(3))
     for network, x, k in zip(alone, images, range(3)):
-        evaluator.evaluate_synset(network, network, x, labels, 0.02, seeded(k))
+        evaluator.evaluate_synset(network, network, (x, labels), 0.02, seeded(k), range(4))
     step = partial(sgd_step, ReparamModule(together[0]))
     generators = [seeded(k) for k in range(3)]
-    evaluator.train_together(step, together, images, labels, 0.02, generators)
+    evaluator.train_together(step, together, (images, labels), 0.02, generators)
     for networks in zip(alone, together, initial):
         for p, q, start in zip(*(network.parameters() for network in networks)):
             assert not torch.equal(p, start)
@@ -136,8 +136,8 @@ def test_networks_trained_together_keep_parameters_aligned_to_16_bytes(evaluator
     assert sum(p.numel() for p in networks[0].parameters()) % 4
     step = partial(sgd_step, ReparamModule(networks[0]))
     generators = [seeded(k) for k in range(3)]
-    images = torch.randn(3, 4, 3, 16, 16)
-    evaluator.train_together(step, networks, images, torch.arange(4), 0.01, generators)
+    train = torch.randn(3, 4, 3, 16, 16), torch.arange(4)
+    evaluator.train_together(step, networks, train, 0.01, generators)
     for parameter in (p for network in networks for p in network.parameters()):
         assert parameter.storage_offset() * parameter.element_size() % 16 == 0
         assert parameter.data_ptr() % 16 == 0

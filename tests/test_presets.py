@@ -58,8 +58,9 @@ def test_a_preset_is_the_flags_that_it_prints(monkeypatch, capsys, script, name)
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_experts_of_a_preset_are_long_enough_for_its_segments(name):
-    experts, distillation = PRESETS[name]["experts"], PRESETS[name]["distillation"]
-    last = distillation["max_start_epoch"] - 1 + distillation["expert_epochs"]
+    experts = PRESETS[name]["experts"]
+    flags = PRESETS[name]["distillation"]
+    last = flags["max_start_epoch"] - 1 + flags["expert_epochs"]
     assert last <= experts["train_epochs"]
     if not name.startswith("eurosat"):
         mtt = {"num_experts": 100, "train_epochs": 50, "batch_train": 256, "lr_teacher": 0.01}
@@ -68,6 +69,5 @@ def test_the_experts_of_a_preset_are_long_enough_for_its_segments(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_scripts_of_a_preset_agree_on_the_data(name):
-    experts, distillation = PRESETS[name]["experts"], PRESETS[name]["distillation"]
     for flag in ("dataset", "im_size", "model", "zca", "val_fraction"):
-        assert experts.get(flag) == distillation.get(flag)
+        assert PRESETS[name]["experts"].get(flag) == PRESETS[name]["distillation"].get(flag)

@@ -176,7 +176,7 @@ def test_networks_that_are_trained_together_stop_within_an_epoch():
 
     images, labels = torch.zeros(1, 20, 3, 8, 8), torch.zeros(20, dtype=torch.int64)
     with stop, pytest.raises(Stopped):
-        evaluator.train_together(step, [network], images, labels, 0.01, [random])
+        evaluator.train_together(step, [network], (images, labels), 0.01, [random])
     assert len(steps) == 2  # the batches of an epoch
 
 

@@ -13,7 +13,8 @@ from preprocessing import Form
 from reparam_module import UNROLLS, AdjointUnroll, AutogradUnroll, ReparamModule
 from utils import Augment, Compiler
 
-STEPS, LR = 4, 0.02
+STEPS = 4
+LR = 0.02
 DSA = utils.augment_groups(True, utils.DSA_STRATEGY)
 
 
@@ -161,7 +162,8 @@ def test_an_engine_leaves_its_inputs_as_they_are(engine):
 
 def test_the_adjoint_keeps_no_graph_of_the_steps():
     network = small(depth=1)
-    images, syn_lr = noise(10, 3, 16, 16).requires_grad_(True), torch.tensor(LR, requires_grad=True)
+    images = noise(10, 3, 16, 16).requires_grad_(True)
+    syn_lr = torch.tensor(LR, requires_grad=True)
     crossing = []
 
     def watched(function):

@@ -31,8 +31,8 @@ def run(tmp_path):
     """As much of a run, its inputs and its state as reports look at."""
     losses = [0.9, 0.8]
     settings = {"dataset": "Toy", "model": "MLP", "ipc": 2, "seed": 0, "Iteration": len(losses)}
-    run = SimpleNamespace(folder=tmp_path / "run", settings=settings, title="Toy, MLP")
-    run.dashboard = SimpleNamespace(place=lambda instead: f"no wandb, {instead}")
+    run = SimpleNamespace(folder=tmp_path / "run", settings=settings)
+    run.dashboard = SimpleNamespace(where_to_look=lambda instead: f"no wandb, {instead}")
     data = SimpleNamespace(train=(None, torch.arange(9)), classes=NAMES, zca=None, settings={})
     data.to_pixels = lambda images: images / 2 + 0.5
     experts = SimpleNamespace(members=[None] * 3, test_accuracies=[0.8, 0.9])
@@ -295,7 +295,7 @@ def test_a_page_that_fails_is_given_up_with_a_warning(monkeypatch, tmp_path):
         dashboard = report.Dashboard(tmp_path, "Progress", "offline")
     dashboard.log({"Loss": 1.0}, step=0)
     dashboard.finish(Best_Iteration=0)
-    assert dashboard.place("look there") == "no wandb"
+    assert dashboard.where_to_look("there") == "no wandb"
 
 
 def test_a_page_that_fails_later_does_not_end_the_run(monkeypatch, tmp_path):
@@ -320,7 +320,7 @@ def test_the_summary_of_a_run_says_what_it_cost_and_reached(run):
     assert summary["Best_Accuracy/MLP"] == pytest.approx(0.6)
     assert summary["Final_Accuracy/MLP"] == pytest.approx(0.4)
     assert summary["Final_Synthetic_LR"] == pytest.approx(0.012)
-    assert summary["Peak_Memory"] == process.peak_memory(torch.device("cpu"))
+    assert 1e8 < summary["Peak_Memory"] <= process.peak_memory(torch.device("cpu"))
 
 
 def test_a_picture_is_written_whole_in_the_format_of_its_name(tmp_path):

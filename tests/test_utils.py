@@ -13,7 +13,7 @@ from torch import nn
 import utils
 from preprocessing import Form
 from process import ReportedError
-from utils import Augment, Compiler, WarnOnce
+from utils import Augment, CompileFailures, Compiler
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,13 @@ def test_a_network_that_there_is_not_is_reported_with_its_flag(model, side, faul
 # Compilation; with a compiler: test_reparam_module.py and test_experts.py
 
 
+@pytest.fixture
+def failures(monkeypatch):
+    """The failures of this process, as if there had been none."""
+    monkeypatch.setattr(utils.FAILURES, "seen", False)
+    return utils.FAILURES
+
+
 def double(x):
     return (2 * x,)
 
@@ -77,7 +84,7 @@ def test_bfloat16_is_only_inside_a_network():
     assert (logits - network(x)).abs().max() < 0.1
 
 
-def test_the_first_call_of_a_compiled_function_says_how_long_it_took(monkeypatch, capfd):
+def test_the_first_call_of_a_compiled_function_says_how_long_it_took(failures, monkeypatch, capfd):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     compiler = Compiler()
     for function in (compiler.function(double), compiler.function(partial(double))):
@@ -98,8 +105,8 @@ def log_failure(log):
 
 
 def test_of_many_failed_compilations_one_warning_is_left(caplog):
-    log = logging.getLogger("a test of WarnOnce")
-    log.addFilter(WarnOnce())
+    log = logging.getLogger("a test of CompileFailures")
+    log.addFilter(CompileFailures())
     with pytest.warns(UserWarning, match="continuing without it: no C") as caught:
         log_failure(log)
     assert len(caught) == 1 and str(caught[0].message).endswith("no C++ compiler")
@@ -115,7 +122,29 @@ def test_many_compilers_add_one_filter():
     log = logging.getLogger("torch._dynamo.convert_frame")
     for _ in range(3):
         Compiler()
-    assert sum(isinstance(filter, WarnOnce) for filter in log.filters) == 1
+    assert sum(isinstance(filter, CompileFailures) for filter in log.filters) == 1
+
+
+def test_after_a_failure_functions_and_networks_run_as_they_are(failures, monkeypatch, capfd):
+    def compile(function, **_):
+        def run(*args):
+            failures.seen = True  # as where there is no C++ compiler, in the first call
+            calls.append(function)
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    calls = []
+    compiler = Compiler()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    x = torch.randn(2, 3, 2, 2, generator=seeded(0))
+    function, forward = compiler.function(double), compiler(network)
+    assert compiler.compiles
+    for _ in range(2):
+        assert torch.equal(function(x)[0], 2 * x) and torch.equal(forward(x), network(x))
+    assert calls == [double] and not compiler.compiles
+    assert "compiled" not in capfd.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,23 +161,24 @@ def linear():
 
 
 def test_an_epoch_gives_the_mean_loss_and_accuracy_of_its_images(linear):
-    network, images, labels = linear
+    network, *train = linear
+    images, labels = train
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     augment = Augment(4)
     batches = utils.draw_batches(20, 6, None, augment, seeded(0))  # the last one has 2 images
-    loss, accuracy = utils.train_epoch(network, optimizer, images, labels, augment, batches)
+    loss, accuracy = utils.train_epoch(network, optimizer, train, augment, batches)
     assert loss.item() == pytest.approx(nn.functional.cross_entropy(network(images), labels).item())
     assert accuracy.item() == pytest.approx((network(images).argmax(1) == labels).float().mean())
 
 
 def test_epochs_train_a_network(linear):
-    network, images, labels = linear
+    network, *train = linear
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
     augment = Augment(4)
     losses = []
     for epoch in range(20):
         batches = utils.draw_batches(20, 6, None, augment, seeded(epoch))
-        loss, accuracy = utils.train_epoch(network, optimizer, images, labels, augment, batches)
+        loss, accuracy = utils.train_epoch(network, optimizer, train, augment, batches)
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 5 and accuracy == 1
 
