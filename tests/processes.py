@@ -44,7 +44,7 @@ class Process:
     out, err     where its outputs go; may be the same file
     environment  variables that are added
     limits       resource limits by name, as RLIMIT_AS
-    kill_at      the process kills itself when it would rename a file for the so manieth time
+    kill_at      the number of the file renaming before which the process kills itself
     curves       whether curves.png is drawn, which takes longer than a short run; else it is blank
     """
 
@@ -61,9 +61,10 @@ class Process:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.kill(self.process.pid, number)
 
-    def wait(self):
+    def wait(self, seconds=300):
         """Its exit code; minus the number of the signal that ended it."""
-        self.process.join()
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"it has not ended:\n{self.output()}"
         return self.process.exitcode
 
     def output(self):

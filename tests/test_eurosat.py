@@ -45,6 +45,7 @@ def test_both_scripts_run_on_a_part(forked, tmp_path):
         for number in range(1, 31):
             shutil.copy(source / name / f"{name}_{number}.jpg", folder)
     flags = ["--dataset=EuroSAT", "--model=ConvNetW32", "--data_path=data", "--no-compile"]
+    flags += ["--buffer_path=buffers", "--wandb_mode=disabled"]
     experts = ["--num_experts=1", "--train_epochs=1"]
     done = forked("expert_trajectories.py", *flags, *experts, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

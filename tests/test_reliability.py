@@ -121,7 +121,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_that_very_iteration(
     flags, reference = long_run
     process = start(DISTILLATION, *flags, cwd=tmp_path)
     process.wait_for("        0 ConvNetW32")
-    time.sleep(0.2)
+    time.sleep(0.05)
     process.kill(number)
     assert process.wait() == 128 + number
     last = process.output().splitlines()[-1]
@@ -139,17 +139,19 @@ def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(start, specks_r
     process.wait_for("iteration network")  # what comes next is the evaluation of real images
     time.sleep(0.5)
     process.kill(signal.SIGTERM)
-    begin = time.monotonic()
-    assert process.wait() == 128 + signal.SIGTERM
-    assert time.monotonic() - begin < 5
+    assert process.wait(seconds=5) == 128 + signal.SIGTERM
     assert (folder_of(tmp_path) / "checkpoint.pt").exists()
 
 
 def test_a_second_signal_ends_a_run_at_once():
-    with pytest.raises(KeyboardInterrupt), stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_networks_that_are_trained_together_stop_within_an_epoch():
@@ -256,7 +258,7 @@ def test_two_processes_do_not_share_a_run(start, specks_run, tmp_path):
 
 
 def test_wandb_continues_the_same_run(start, finish, specks_run, tmp_path):
-    flags = [*specks_run, "--wandb_mode=offline"]
+    flags = [*specks_run, "--Iteration=15", "--wandb_mode=offline"]
     process = start(DISTILLATION, *flags, cwd=tmp_path)
     process.wait_for("        3 ConvNetW32")
     process.kill(signal.SIGTERM)
@@ -264,7 +266,7 @@ def test_wandb_continues_the_same_run(start, finish, specks_run, tmp_path):
     finish(DISTILLATION, *flags, cwd=tmp_path)
     logs = sorted((folder_of(tmp_path) / "wandb").glob("offline-run-*/*.wandb"))
     assert len(logs) == 2 and len({path.stem for path in logs}) == 1  # named after the run's id
-    assert [row["Progress"] for row in history(folder_of(tmp_path))] == list(range(10))
+    assert [row["Progress"] for row in history(folder_of(tmp_path))] == list(range(16))
 
 
 def test_a_run_that_diverges_names_where_and_keeps_its_last_checkpoint(start, specks_run, tmp_path):
@@ -282,8 +284,8 @@ def test_a_run_that_diverges_names_where_and_keeps_its_last_checkpoint(start, sp
 
 
 def test_out_of_memory_names_the_flags_that_need_less(start, specks_run, tmp_path):
-    flags = [*specks_run, "--texture", "--canvas_samples=1000000"]
-    process = start(DISTILLATION, *flags, cwd=tmp_path, RLIMIT_AS=7 * 2**30)
+    flags = [*specks_run, "--texture", "--canvas_samples=5000000"]
+    process = start(DISTILLATION, *flags, cwd=tmp_path, RLIMIT_AS=8 * 2**30)
     assert process.wait() == 2
     last = process.output().splitlines()[-1]
     assert "distillation.py: error: out of memory" in last
