@@ -17,8 +17,8 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/python expert_trajectories.py $(TOYSAT) \
 		--num_experts=2 --train_epochs=3 --batch_train=16
 	$(VENV)/bin/python distillation.py $(TOYSAT) --ipc=1 --syn_steps=10 --expert_epochs=1 \
-		--max_start_epoch=2 --lr_img=3000 --lr_lr=1e-6 --lr_teacher=0.02 --Iteration=60 \
-		--eval_it=60 --num_eval=3 --epoch_eval_train=100 --log_dir=quickstart/logged_files
+		--max_start_epoch=2 --lr_img=3000 --lr_lr=1e-6 --lr_teacher=0.02 --Iteration=150 \
+		--eval_it=150 --num_eval=5 --epoch_eval_train=100 --log_dir=quickstart/logged_files
 
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check

@@ -61,7 +61,7 @@ class Process:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.kill(self.process.pid, number)
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=100):
         """Its exit code; minus the number of the signal that ended it."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"it has not ended:\n{self.output()}"

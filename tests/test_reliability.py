@@ -90,7 +90,7 @@ def test_a_distillation_killed_at_any_moment_ends_as_if_undisturbed(
     assert process.wait() == -signal.SIGKILL
     assert_readable(tmp_path)
     out = finish(DISTILLATION, *specks_run, cwd=tmp_path)
-    assert ("resuming at iteration" in out) == ("ConvNet" in moment)
+    assert "resuming at iteration" in out or "ConvNet" not in moment
     assert_same(tmp_path, undisturbed)
     assert not hidden(folder_of(tmp_path))
 
@@ -155,9 +155,8 @@ def test_a_second_signal_ends_a_run_at_once():
 
 
 def test_networks_that_are_trained_together_stop_within_an_epoch():
-    form = Form(2, 8)
     random = utils.make_generator(0)
-    network = utils.initial_network("ConvNetD1", form, random, "cpu")
+    network = utils.initial_network("ConvNetD1", Form(2, 8), random, "cpu")
     evaluator = Evaluator(
         data=None,
         pool={},
@@ -296,7 +295,7 @@ def test_out_of_memory_names_the_flags_that_need_less(start, specks_run, tmp_pat
 # Experts
 
 
-def test_experts_killed_before_any_rename_end_as_if_undisturbed(
+def test_experts_killed_before_any_of_their_renames_end_as_if_undisturbed(
     start, finish, specks_experts, specks_folder, specks_buffers, tmp_path
 ):
     """These are all the states that a kill leaves, that of the data's cache among them."""
@@ -305,8 +304,8 @@ def test_experts_killed_before_any_rename_end_as_if_undisturbed(
         data, buffers = tmp_path / "data", tmp_path / "buffers"
         shutil.copytree(specks_folder, data, ignore=shutil.ignore_patterns("*.pt"))
         buffers.mkdir()
-        places = [f"--data_path={data}", f"--buffer_path={buffers}"]
-        flags = [*specks_experts, "--num_experts=2", *places]
+        flags = [*specks_experts, f"--data_path={data}", f"--buffer_path={buffers}"]
+        flags += ["--num_experts=2"]
         process = start(EXPERTS, *flags, cwd=tmp_path, kill_at=number)
         if process.wait() == 0:
             break
@@ -315,7 +314,6 @@ def test_experts_killed_before_any_rename_end_as_if_undisturbed(
         before = experts_by_seed(buffers)
         kept.add(len(before))
         assert f"{len(before)} of 2 experts are in" in finish(EXPERTS, *flags, cwd=tmp_path)
-        finish(EXPERTS, *specks_experts, "--num_experts=2", *places, cwd=tmp_path)
         ours, theirs = experts_by_seed(buffers), experts_by_seed(specks_buffers)
         assert set(ours) == {0, 1}
         for seed in ours:
@@ -327,7 +325,7 @@ def test_experts_killed_before_any_rename_end_as_if_undisturbed(
     assert kept == {0, 1}
 
 
-@pytest.mark.parametrize("moment", ["experts are in", "expert 0", "expert 4"])
+@pytest.mark.parametrize("moment", ["experts are in", "expert 0", "expert 2"])
 def test_experts_killed_at_any_moment_end_as_if_undisturbed(
     start, finish, specks_experts, specks_buffers, tmp_path, moment
 ):
@@ -365,6 +363,13 @@ def test_four_writers_share_a_folder_and_one_that_dies_gives_its_expert_back(
     assert not hidden(tmp_path)
 
 
+def load(buffers):
+    """The experts as a distillation draws them."""
+    network = utils.initial_network("ConvNetW32", Form(2, 8), utils.make_generator(0), "cpu")
+    shapes = [p.shape for p in network.parameters()]
+    return trajectories.load_experts(folder_with(buffers), shapes, None, None, False)
+
+
 def test_an_expert_that_is_missing_is_trained_again_and_nothing_depends_on_the_order(
     finish, specks_experts, specks_buffers, tmp_path
 ):
@@ -375,20 +380,11 @@ def test_an_expert_that_is_missing_is_trained_again_and_nothing_depends_on_the_o
     out = finish(EXPERTS, *specks_experts, f"--buffer_path={buffers}", cwd=tmp_path)
     assert "6 of 8 experts are in" in out
     assert_same_experts(buffers, specks_buffers)
-    shapes = [p.shape for p in parameters_of_the_network()]
-    ours, theirs = (
-        trajectories.load_experts(folder_with(place), shapes, None, None, False)
-        for place in (buffers, specks_buffers)
-    )
+    ours, theirs = load(buffers), load(specks_buffers)
     assert ours.digest() == theirs.digest()
     for expert in range(8):
         pairs = zip(ours.segment(expert, 0, 2, "cpu"), theirs.segment(expert, 0, 2, "cpu"))
         assert all(torch.equal(p, q) for p, q in pairs)
-
-
-def parameters_of_the_network():
-    form = Form(2, 8)
-    return utils.initial_network("ConvNetW32", form, utils.make_generator(0), "cpu").parameters()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -397,14 +393,17 @@ def parameters_of_the_network():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder with room for 2 MB, or resource limits instead where none may be mounted."""
+    """A folder with room for 2 MB.
+
+    And a function: the limits, from the size of a file, that stand for it where none is mounted.
+    """
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
     if subprocess.run(mount, capture_output=True).returncode:
-        yield folder, {"RLIMIT_FSIZE": 2**16}
+        yield folder, lambda size: {"RLIMIT_FSIZE": size}
         return
-    yield folder, {}
+    yield folder, lambda size: {}
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
@@ -421,7 +420,7 @@ def test_a_full_disk_leaves_the_earlier_experts(
     folder, limits = small_disk
     flags = [*specks_experts, f"--buffer_path={folder}"]
     finish(EXPERTS, *flags, "--num_experts=1", cwd=tmp_path)
-    check_full(start(EXPERTS, *flags, cwd=tmp_path, **limits))
+    check_full(start(EXPERTS, *flags, cwd=tmp_path, **limits(2**16)))
     ours, theirs = experts_by_seed(folder), experts_by_seed(specks_buffers)
     assert 1 <= len(ours) < 8
     for seed in ours:
@@ -432,7 +431,7 @@ def test_a_full_disk_leaves_the_earlier_experts(
 def test_a_full_disk_leaves_the_earlier_files_of_a_run(start, specks_run, small_disk, tmp_path):
     folder, limits = small_disk
     flags = [*specks_run, "--ipc=4", "--texture", "--canvas_size=16", f"--log_dir={folder}"]
-    check_full(start(DISTILLATION, *flags, cwd=tmp_path, **limits))
+    check_full(start(DISTILLATION, *flags, cwd=tmp_path, **limits(2**20)))
     assert list(folder.rglob("*.p*")) and not hidden(folder)
     assert_readable(folder)
 

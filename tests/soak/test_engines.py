@@ -29,7 +29,7 @@ def match(engine, name, side, augment, *, count=10, steps, batch_syn, dtype, com
     form = Form(10, augment.side)
     network = utils.initial_network(name, form, utils.make_generator(0), "cpu").to(dtype)
     start = torch.cat([p.detach().flatten() for p in network.parameters()])
-    target = start + 0.01 * torch.randn(start.shape, generator=seeded(0), dtype=dtype)
+    target = start + 0.01 * torch.randn(start.shape, generator=seeded(0)).to(dtype)
     images = torch.randn(count, 3, side, side, generator=seeded(1)).to(dtype).requires_grad_(True)
     syn_lr = torch.tensor(LR, dtype=dtype, requires_grad=True)
     batches = utils.draw_batches(count, batch_syn, steps, augment, seeded(5))
@@ -92,7 +92,7 @@ def test_the_adjoint_is_close_to_autograd_in_lower_precision(name, compile, amp,
 def test_memory_of_the_adjoint_grows_only_by_parameters_and_augmented_images():
     """Ten steps and eighty."""
     usual = {"what": "iteration", "device": "cpu", "model": "ConvNetW32", "ipc": 1}
-    usual |= {"amp": False, "compile": False, "repeat": 0}
+    usual |= {"precision": "float32", "compile": False, "repeat": 0}
     script = ROOT / "tests" / "benchmarks" / "bench.py"
 
     def peak(times, **more):
