@@ -68,22 +68,34 @@ def test_both_engines_give_the_same_gradients_in_float64(name, side, steps, batc
     assert loss == pytest.approx(float(loss_ref), rel=1e-12)
 
 
+@pytest.mark.parametrize("name, side", [("ConvNetW32", 64), ("ResNet18", 32)])
+def test_compiled_steps_give_the_same_gradients_in_float64(name, side):
+    settings = {"steps": 3, "batch_syn": 10, "dtype": torch.float64}
+    augment = Augment(side, DSA)
+    compiler = Compiler()
+    _, images, lr = match(AdjointUnroll, name, side, augment, **settings, compiler=compiler)
+    if not compiler.compiles:
+        pytest.skip("no C++ compiler, or no header files of Python")
+    _, images_ref, lr_ref = match(AdjointUnroll, name, side, augment, **settings)
+    assert (images - images_ref).norm() <= 1e-9 * images_ref.norm()
+    assert abs(lr - lr_ref) <= 1e-9 * abs(lr_ref)
+
+
+# Not of ResNet18, whose gradient float32 itself turns away from that of float64 (cosine 0.86).
 @pytest.mark.parametrize(
     "name, compile, amp, close",
     [
         ("ConvNet", False, False, 0.9999),
         ("ConvNetW32", True, False, 0.9999),
-        ("ResNet18", True, False, 0.9999),
         pytest.param("ConvNet", True, True, 0.99, marks=pytest.mark.bfloat16),
     ],
 )
 def test_the_adjoint_is_close_to_autograd_in_lower_precision(name, compile, amp, close):
-    side = 32 if name == "ResNet18" else 64
     settings = {"steps": 3, "batch_syn": 10, "dtype": torch.float32}
+    augment = Augment(64, DSA)
     compiler = Compiler(compile, amp)
-    augment = Augment(side, DSA)
-    _, images, lr = match(AdjointUnroll, name, side, augment, **settings, compiler=compiler)
-    _, images_ref, lr_ref = match(AutogradUnroll, name, side, augment, **settings)
+    _, images, lr = match(AdjointUnroll, name, 64, augment, **settings, compiler=compiler)
+    _, images_ref, lr_ref = match(AutogradUnroll, name, 64, augment, **settings)
     cosine = F.cosine_similarity(images.flatten().double(), images_ref.flatten().double(), dim=0)
     assert cosine >= close
     assert lr == pytest.approx(float(lr_ref), rel=0.05 if amp else 1e-3)
