@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import time
 import urllib.error
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +255,22 @@ def test_the_second_load_reads_the_cache(folder, monkeypatch):
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.labels, second.labels) and first.digest == second.digest
     assert os.stat(folder / EUROSAT_CACHE).st_mtime_ns == made
+
+
+def test_of_two_processes_one_decodes_and_the_other_reads_its_cache(folder, monkeypatch):
+    """Two threads stand for them: each takes a lock of its own."""
+    decode, calls = datasets.decode_pictures, []
+
+    def slow(*args):
+        calls.append(args)
+        time.sleep(0.2)  # enough for the other to begin
+        return decode(*args)
+
+    monkeypatch.setattr(datasets, "decode_pictures", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(load_eurosat, [folder, folder])
+    assert len(calls) == 1
+    assert torch.equal(first.images, second.images) and first.digest == second.digest
 
 
 def test_a_replaced_an_added_and_a_removed_file_are_noticed(folder):

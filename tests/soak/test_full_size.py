@@ -25,13 +25,13 @@ def results(cwd):
 
 
 @pytest.mark.parametrize("model", ["MLP", "ConvNet", "ResNet18"])
-def test_zca_runs_end_to_end(forked, tiny_flags, zca_folder, tmp_path, model):
+def test_zca_runs_end_to_end(run, tiny_flags, zca_folder, tmp_path, model):
     flags = [*tiny_flags, f"--data_path={zca_folder}", "--zca", f"--model={model}"]
     flags += [f"--buffer_path={tmp_path}"]
-    done = forked(EXPERTS, *flags, "--num_experts=1", "--train_epochs=1", cwd=tmp_path)
+    done = run(EXPERTS, *flags, "--num_experts=1", "--train_epochs=1", cwd=tmp_path)
     assert done.returncode == 0 and "fitting ZCA" not in done.stdout, done.stderr
     assert (tmp_path / "EuroSAT" / model / "replay_buffer_0.pt").is_file()
-    done = forked(DISTILLATION, *flags, "--Iteration=1", *SHORT, cwd=tmp_path)
+    done = run(DISTILLATION, *flags, "--Iteration=1", *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder, _ = results(tmp_path)
     white, pixels = (
@@ -46,13 +46,13 @@ def test_zca_runs_end_to_end(forked, tiny_flags, zca_folder, tmp_path, model):
 
 
 @pytest.mark.parametrize("model", ["ConvNet", "MLP", "ResNet18", "VGG16"])
-def test_each_network_distills(forked, tiny_flags, tmp_path, model):
+def test_each_network_distills(run, tiny_flags, tmp_path, model):
     flags = [*tiny_flags, f"--model={model}", f"--buffer_path={tmp_path}"]
     flags += ["--wandb_mode=disabled"]
-    done = forked(EXPERTS, *flags, "--num_experts=1", "--train_epochs=1", cwd=tmp_path)
+    done = run(EXPERTS, *flags, "--num_experts=1", "--train_epochs=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     more = ["--Iteration=1", *SHORT, "--batch_syn=3", "--lr_lr=1e-6"]
-    done = forked(DISTILLATION, *flags, *more, cwd=tmp_path)
+    done = run(DISTILLATION, *flags, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, last = results(tmp_path)[1]["evaluations"]
     assert set(last["scores"]) == {model} and last["loss"] > 0
@@ -60,9 +60,9 @@ def test_each_network_distills(forked, tiny_flags, tmp_path, model):
 
 
 @pytest.mark.parametrize("mode", EVAL_POOLS)
-def test_each_eval_mode_trains_and_tests_its_networks(forked, tiny_flags, tmp_path, mode):
+def test_each_eval_mode_trains_and_tests_its_networks(run, tiny_flags, tmp_path, mode):
     flags = [*tiny_flags, "--model=MLP", "--evaluate=random", f"--eval_mode={mode}"]
-    done = forked(DISTILLATION, *flags, "--num_eval=1", "--epoch_eval_train=1", cwd=tmp_path)
+    done = run(DISTILLATION, *flags, "--num_eval=1", "--epoch_eval_train=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("logged_files/EuroSAT/*/evaluation.json")
     scores = json.loads(path.read_text())["scores"]
@@ -73,7 +73,7 @@ def test_each_eval_mode_trains_and_tests_its_networks(forked, tiny_flags, tmp_pa
 
 @pytest.mark.parametrize("amp", [False, pytest.param(True, marks=pytest.mark.bfloat16)])
 def test_compilation_and_bfloat16_change_a_run_only_a_little(
-    forked, expert_flags, buffers, tmp_path, amp
+    run, expert_flags, buffers, tmp_path, amp
 ):
     flags = [flag for flag in expert_flags if not flag.startswith("--train_epochs")]
     flags += [f"--buffer_path={buffers}", "--wandb_mode=disabled", "--Iteration=2", "--eval_it=1"]
@@ -82,7 +82,7 @@ def test_compilation_and_bfloat16_change_a_run_only_a_little(
     losses = {}
     for compile in (False, True):
         more = [f"--compile={compile}", f"--amp={compile and amp}", f"--run_name={compile}"]
-        done = forked(DISTILLATION, *flags, *more, cwd=tmp_path)
+        done = run(DISTILLATION, *flags, *more, cwd=tmp_path)
         if "torch.compile failed" in done.stderr:
             pytest.skip("no C++ compiler, or no header files of Python")
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
