@@ -240,7 +240,7 @@ def add_shared_flags(parser, batch_train):
 COMMANDS = {"log_dir", "run_name", "resume", "evaluate", "export", "preset"}
 # Flags that no result depends on, or that the digests of data and experts stand for.
 WITHOUT_EFFECT = {"data_path", "buffer_path", "im_size", "checkpoint_every", "device"}
-WITHOUT_EFFECT |= {"load_all", "skip_damaged", "force_save"}
+WITHOUT_EFFECT |= {"load_all", "skip_damaged", "force_save", "unroll_memory"}
 WITHOUT_EFFECT |= {"wandb_mode", "wandb_project", "wandb_entity"}
 
 

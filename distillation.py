@@ -30,13 +30,14 @@ import report
 import trajectories
 import utils
 from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
+from compilation import Compiler
 from evaluation import EVAL_POOLS, Evaluator, evaluate_real
 from preprocessing import Data, random_real
 from process import ReportedError, Stopped, stop
 from reparam_module import UNROLLS, ReparamModule
 from scores import Evaluations, from_json, to_json
 from trajectories import Experts
-from utils import Augment, Compiler
+from utils import Augment
 
 CHECKPOINT = "checkpoint.pt"  # in the run's folder
 
@@ -63,6 +64,13 @@ def add_flags(parser):
     add("--batch_syn", count, None, "IMAGES", "synthetic images per step (default: all of them)")
     engines = "gradients by adjoint, in memory that hardly grows with N, or autograd, as in MTT"
     add("--unroll", choice(UNROLLS), "adjoint", "ENGINE", engines)
+    add(
+        "--unroll_memory",
+        not_negative,
+        None,
+        "GB",
+        "for activations that need not be computed twice (default: an eighth of what is free)",
+    )
     add("--pix_init", choice(("real", "noise")), "real", "real|noise", "what the images start from")
     add("--no_aug", boolean, False, "BOOL", "no augmentation while distilling")
     add("--texture", boolean, False, "BOOL", "learn canvases, cut random windows; not with --zca")
@@ -211,6 +219,14 @@ def student_augment(args, form):
     augments = args.dsa and not args.no_aug
     groups = utils.augment_groups(True, args.dsa_strategy) if augments else ()
     return Augment(form.im_size, groups, args.canvas_samples if args.texture else 0)
+
+
+def make_unroll(args, inputs, make_batch):
+    """The engine that --unroll names."""
+    compiler = inputs.compiler
+    memory = process.activation_memory(args.unroll_memory, inputs.data.train[0].device)
+    engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, memory)
+    return compiler.retrying(engine)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,7 +425,7 @@ def main():
     state = State(args, data)
     augment = student_augment(args, data.form)
     make_batch = partial(augment, labels=state.label_syn)
-    unroll = UNROLLS[args.unroll](inputs.student, make_batch, inputs.compiler.function)
+    unroll = make_unroll(args, inputs, make_batch)
     batch_syn = batch_syn_of(args, data.form)
     curves_due, line_due = process.Interval(60), process.Interval(60)
 

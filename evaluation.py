@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.func import grad, vmap
+from torch.func import grad
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
@@ -19,11 +19,12 @@ import files
 import process
 import report
 import utils
+from compilation import Compiler
 from preprocessing import Data, random_real
 from process import ReportedError, first_line, stop
 from reparam_module import ReparamModule
 from scores import Scores, to_json
-from utils import Augment, Compiler
+from utils import Augment
 
 # --------------------------------------------------------------------------------------------------
 # The evaluator
@@ -85,13 +86,21 @@ class Evaluator:
         generators = [utils.make_generator(*key) for key in keys]
         networks = [utils.initial_network(name, form, random, device) for random in generators]
         forwards = [self.compiler(network) for network in networks]
-        if step := self.pool[name]:
-            self.train_together(step, networks, (images, labels), syn_lr, generators)
+        # So small a batch leaves most of a GPU, or of a processor's cores, without work.
+        batch = min(len(labels), self.batch_train) * (self.augment.windows or 1)
+        is_small = batch <= 64
+        if is_small and self.pool[name]:
+            train = images, labels
+            self.train_together(self.pool[name], networks, train, syn_lr, generators)
         else:
-            fresh = zip(networks, forwards, images, generators)
-            for k, (network, forward, x, generator) in enumerate(fresh):
-                epochs = self.progress(f"{name} {k + 1}/{self.num_eval}")
-                self.evaluate_synset(network, forward, (x, labels), syn_lr, generator, epochs)
+            workers = torch.get_num_threads() if is_small and device.type == "cpu" else 1
+            trainings = [
+                self.evaluate_synset(network, forward, (x, labels), syn_lr, generator)
+                for network, forward, x, generator in zip(networks, forwards, images, generators)
+            ]
+            total = len(trainings) * (self.epochs + 1)
+            with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
+                process.in_threads(trainings, workers, bar)
 
         warn_of_diverged(name, networks, syn_lr)
         parts = []
@@ -105,23 +114,20 @@ class Evaluator:
             [of_classes for _, of_classes in test],
         )
 
-    def progress(self, name):
-        """The epochs of a training, `epochs` + 1 as in MTT, with a bar on a terminal."""
-        return process.progress(range(self.epochs + 1), desc=f"evaluation, {name}", unit="epochs")
-
-    def evaluate_synset(self, network, forward, train, syn_lr, generator, epochs):
+    def evaluate_synset(self, network, forward, train, syn_lr, generator):
         """Train a fresh network on images (N, 3, H, H) and labels, as MTT's evaluation does.
 
         `epochs` + 1 epochs of SGD at `syn_lr`, momentum 0.9 and weight decay 5e-4; after epoch
-        `epochs // 2 + 1`, a tenth of the rate and a fresh optimiser.
+        `epochs // 2 + 1`, a tenth of the rate and a fresh optimiser. Yields after each epoch.
         """
         optimizer = fresh_sgd(network, syn_lr)
-        for epoch in epochs:
+        for epoch in range(self.epochs + 1):
             stop.check()
             batches = self.draw_epoch(train[0], generator)
             utils.train_epoch(forward, optimizer, train, self.augment, batches)
             if epoch == self.epochs // 2 + 1:
                 optimizer = fresh_sgd(network, syn_lr * 0.1)
+            yield
 
     def train_together(self, step, networks, train, syn_lr, generators):
         """What `evaluate_synset` does, for K networks at once, each with draws of its own.
@@ -132,7 +138,8 @@ class Evaluator:
         thetas = torch.stack([parameters_to_vector(n.parameters()) for n in networks]).detach()
         momenta = torch.zeros_like(thetas)  # (K, P), as the parameters
         rate = torch.tensor(syn_lr, device=thetas.device)
-        for epoch in self.progress(f"{len(networks)} networks"):
+        name = f"evaluation, {len(networks)} networks"
+        for epoch in process.progress(range(self.epochs + 1), desc=name, unit="epochs"):
             stop.check()
             of_networks = [self.draw_epoch(x, g) for x, g in zip(images, generators)]
             for batches in zip(*of_networks):
@@ -191,8 +198,8 @@ def fresh_sgd(network, rate):
 def make_sgd_step(model, form, compiler, device):
     """`sgd_step` for networks called `model`; None where they are trained one after the other.
 
-    That is on a CPU, where larger kernels gain nothing (they were a quarter slower), and with batch
-    statistics, which are no part of the parameters.
+    That is on a CPU, where threads do better, and with batch statistics, which are no part of the
+    parameters.
     """
     network = utils.initial_network(model, form, utils.make_generator(0), device)
     if device.type != "cuda" or any(True for _ in network.buffers()):
@@ -201,7 +208,7 @@ def make_sgd_step(model, form, compiler, device):
 
 
 def sgd_step(module, thetas, momenta, x, y, rate):
-    """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks that share every kernel.
+    """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks in one graph.
 
     thetas, momenta  parameters of ReparamModule `module`, and their momenta, (K, P)
     x, y, rate       images (K, B, C, H, W), labels (K, B), learning rate ()
@@ -212,7 +219,10 @@ def sgd_step(module, thetas, momenta, x, y, rate):
     def loss(theta, x, y):
         return F.cross_entropy(module(x, theta), y)
 
-    momenta = 0.9 * momenta + vmap(grad(loss))(thetas, x, y) + 5e-4 * thetas
+    # One after the other: `vmap` would make grouped convolutions of theirs, for which libraries
+    # have few fast algorithms. As a CUDA graph, many small kernels cost little to launch.
+    gradients = [grad(loss)(*tensors) for tensors in zip(thetas, x, y)]
+    momenta = 0.9 * momenta + torch.stack(gradients) + 5e-4 * thetas
     return thetas - rate * momenta, momenta
 
 

@@ -34,8 +34,9 @@ from cli import (
     preset_flags,
     wandb_flags,
 )
+from compilation import Compiler
 from process import ReportedError
-from utils import Augment, Compiler
+from utils import Augment
 
 
 def parse_args():

@@ -5,8 +5,12 @@ import logging
 import platform
 import signal
 import sys
+import threading
 import time
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -114,7 +118,7 @@ stop = Stop()  # one for the process, as signal handlers are
 # Progress
 
 
-def progress(iterable, **options):
+def progress(iterable=None, **options):
     """A tqdm bar on standard error where that is a terminal; elsewhere nothing."""
     return tqdm(iterable, mininterval=1, disable=None, leave=False, **options)
 
@@ -157,6 +161,56 @@ def duration(seconds):
     """Seconds as h:mm:ss."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Threads
+
+
+def in_threads(iterators, workers, bar):
+    """Run iterators to their ends, so many at a time, and count on a bar what they yield.
+
+    They share PyTorch's threads: where operations are small, it is faster to give each iterator a
+    core than to split operations. They take turns, so that all end together. What one of them
+    raises is raised here, and ends the others.
+    """
+    queue = deque(iterators)
+    workers = min(workers, len(queue))
+    threads = torch.get_num_threads()
+    failed = threading.Event()
+
+    def work():
+        torch.set_num_threads(threads // workers)
+        while queue and not failed.is_set():
+            with suppress(IndexError):  # another worker took the last one
+                take_turn(queue, bar, failed)
+
+    if workers < 2:
+        while queue:
+            take_turn(queue, bar, failed)
+        return
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for worker in [pool.submit(work) for _ in range(workers)]:
+                    worker.result()
+            except BaseException:
+                failed.set()  # the pool waits for its workers
+                raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+def take_turn(queue, bar, failed):
+    """Advance the first iterator of `queue`, and append it again unless it is at its end."""
+    iterator = queue.popleft()
+    for count, _ in enumerate(iterator, start=1):
+        bar.update()
+        if failed.is_set():
+            return
+        if count == 20 and queue:
+            queue.append(iterator)
+            return
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,13 +262,33 @@ def keep_freed_memory():
 
 
 def peak_memory(device):
-    """The most memory that this process has held, in bytes: a GPU's on CUDA, else main memory."""
+    """The most memory that this process has held, in bytes: a GPU's on CUDA, else main memory.
+
+    None where the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return read_memory("/proc/self/status", "VmHWM")
+
+
+def free_memory(device):
+    """What is free for this process to take, in bytes. None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return read_memory("/proc/meminfo", "MemAvailable")
+
+
+def activation_memory(gigabytes, device):
+    """The bytes of --unroll_memory, by default an eighth of what is free."""
+    return (free_memory(device) or 0) / 8 if gigabytes is None else gigabytes * 1e9
+
+
+def read_memory(path, key):
+    """One of Linux's figures, in bytes; None on other systems."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    except (OSError, StopIteration):  # not Linux
+        lines = Path(path).read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+    except (OSError, StopIteration):
         return None
 
 

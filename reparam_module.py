@@ -8,29 +8,29 @@ Notation (Cazenavette et al. 2022, section 3, algorithm 1):
     α            the learnable step size, a scalar
     θ*_t         an expert's parameters after t epochs
 
-    θ_0 = θ*_t,   θ_{i+1} = θ_i − α ∇_θ ℓ(θ_i, x_i),   L = ‖θ_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖²
+    θ_0 = θ*_t,   θ_{i+1} = f(θ_i, x_i, α),   f(θ, x, α) = θ − α ∇_θ ℓ(θ, x)
+    L = ‖θ_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖²
 
-`AutogradUnroll` keeps the graph of all N steps, as MTT does. `AdjointUnroll` keeps only the θ_i,
-and walks back with the adjoint v_i = ∂L/∂θ_i, from v_N = 2 (θ_N − θ*_{t+M}) / ‖θ*_t − θ*_{t+M}‖².
-All that step i adds comes from one scalar, the derivative of the loss in the direction of
-v = v_{i+1}, held fixed:
+`AutogradUnroll` keeps the graph of all N steps, as MTT does. `AdjointUnroll` walks back step by
+step, with the adjoint v_i = ∂L/∂θ_i, from v_N = 2 (θ_N − θ*_{t+M}) / ‖θ*_t − θ*_{t+M}‖². All that
+step i adds are products of v_{i+1} with the Jacobians of f:
 
-    s_i(θ, x) = ∇_θ ℓ(θ, x) · v
+    v_i = (∂f/∂θ)ᵀ v_{i+1},   ∂L/∂x_i = (∂f/∂x)ᵀ v_{i+1},   ∂L/∂α = Σ_i (∂f/∂α)ᵀ v_{i+1}
+                                                                             (all at θ_i, x_i, α)
 
-    v_i = v − α ∂s_i/∂θ,   ∂L/∂x_i = −α ∂s_i/∂x,   ∂L/∂α = −Σ_i s_i          (all at θ_i, x_i)
-
-since ∂s_i/∂θ = H_i v and ∂s_i/∂x = (∂g_i/∂x)ᵀ v, with the gradient g_i = ∇_θ ℓ and the Hessian H_i
-of step i. In units of a forward pass, a step costs 3 on the way forward and 9 on the way back, 12
-in all; the plain unroll, which keeps what the 3 have computed, 9.
+They take the activations of step i. Those of the last steps are kept, as many as `memory` allows;
+of the earlier ones only θ_i is kept, and the step is taken once more on the way back. In units of a
+forward pass, a step costs 3 and its derivative 6: 9 where activations are kept, as in the plain
+unroll, and 12 where they are not. A compiled step keeps little: the results of convolutions and
+matrix products, from which the rest follows cheaply.
 
 Both engines take batches as they were drawn, and make (x_i, y_i) of them by a pure function,
-`augment(image_syn, batch)`. The adjoint makes them twice, rather than keep the graphs that lead
-from the synthetic images to every x_i.
+`augment(image_syn, batch)`, which can be computed twice.
 """
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad, grad_and_value
+from torch.func import functional_call, grad
 from torch.nn import functional as F
 
 
@@ -81,7 +81,7 @@ def as_they_are(image_syn, batch):
 class AutogradUnroll:
     """The reference: double backward through all N steps, whose graph is kept. Never compiled."""
 
-    def __init__(self, student, augment=as_they_are, compile=None):
+    def __init__(self, student, augment=as_they_are, compile=None, memory=None):
         self.student = student
         self.augment = augment
 
@@ -107,55 +107,83 @@ class AutogradUnroll:
 
 
 class AdjointUnroll:
-    """The same gradients in memory that grows with N only by the θ_i.
+    """The same gradients, by steps that are pure functions of (θ_i, x_i, y_i, α).
 
-    `compile` makes a pure function, from tensors to a tuple of tensors, faster: nothing else
-    crosses from one step to the next.
+    `compile` makes such a function, from tensors to a tuple of tensors, faster. `memory` is what
+    kept activations may take, in bytes: with 0, memory grows with N only by the θ_i.
     """
 
-    def __init__(self, student, augment=as_they_are, compile=lambda function: function):
+    def __init__(self, student, augment=as_they_are, compile=lambda function: function, memory=0):
         def loss(theta, x, y):
             return F.cross_entropy(student(x, theta), y)
 
         def step(theta, x, y, alpha):
-            """θ_{i+1}"""
+            """θ_{i+1} = f(θ_i, x_i, α)"""
             return (theta - alpha * grad(loss)(theta, x, y),)
-
-        def step_back(theta, x, y, alpha, v):
-            """v_i, ∂L/∂x_i and what step i adds to ∂L/∂α, from v = v_{i+1}"""
-
-            def s(theta, x):
-                return grad(loss)(theta, x, y).dot(v)
-
-            (s_theta, s_x), value = grad_and_value(s, argnums=(0, 1))(theta, x)
-            return v - alpha * s_theta, -alpha * s_x, -value
 
         self.augment = augment
         self.step = compile(step)
-        self.step_back = compile(step_back)
+        self.memory = memory
+        self.bytes_per_step = 0  # what a step's graph keeps; known once one was taken
 
     def __call__(self, theta_start, theta_target, image_syn, syn_lr, batches):
         """The same as for `AutogradUnroll`."""
-        alpha = syn_lr.detach()
-        # The θ_i are allocated in one piece, before any activation: between these, which come and
-        # go, they would fragment the heap.
-        thetas = theta_start.detach().repeat(len(batches) + 1, 1).unbind()  # each (P,)
-        for theta, following, batch in zip(thetas, thetas[1:], batches):
-            with torch.no_grad():
-                x, y = self.augment(image_syn, batch)
-            following.copy_(*self.step(theta, x.detach(), y, alpha))
+        # The θ_i are allocated together, before any activation: between these, which come and go,
+        # they would fragment the heap.
+        thetas = [theta_start.detach().clone() for _ in range(len(batches) + 1)]  # (P,) each
+        kept = {}  # what `take_step` returned, by the number of the step
+        for i, batch in enumerate(batches):
+            taken = self.take_step(thetas[i], image_syn, syn_lr, batch, alone=not kept)
+            thetas[i + 1].copy_(taken[1].detach())
+            self.bytes_per_step = self.bytes_per_step or bytes_of_graph(taken[1])
+            if (len(batches) - i) * self.bytes_per_step <= self.memory:
+                kept[i] = taken
+            del taken
 
         distance = (theta_start - theta_target).square().sum()
         matching_loss = (thetas[-1] - theta_target).square().sum() / distance
         v = 2 * (thetas[-1] - theta_target) / distance
         grad_image = torch.zeros_like(image_syn)
-        grad_lr = torch.zeros_like(alpha)
-        for theta, batch in zip(thetas[-2::-1], batches[::-1]):
-            x, y = self.augment(image_syn, batch)  # once more, now for its graph
-            v, grad_x, share = self.step_back(theta, x.detach(), y, alpha, v)
-            grad_image += torch.autograd.grad(x, image_syn, grad_x)[0]
-            grad_lr += share
+        grad_lr = torch.zeros_like(syn_lr)
+        for i, batch in reversed(list(enumerate(batches))):
+            taken = kept.pop(i, None) or self.take_step(thetas[i], image_syn, syn_lr, batch)
+            theta, following = taken
+            # Vector-Jacobian products; the one with x_i goes on to the images that x_i came from.
+            products = torch.autograd.grad(following, (theta, image_syn, syn_lr), v)
+            v = products[0].clone()  # the next replay of a CUDA graph overwrites its results
+            grad_image += products[1]
+            grad_lr += products[2]
+            del taken, following  # before the next step's graph is made
         return matching_loss, grad_image, grad_lr
+
+    def take_step(self, theta, image_syn, syn_lr, batch, alone=True):
+        """θ_i as a leaf, and θ_{i+1}, whose graph leads to it, to the images and to α.
+
+        `alone`: no earlier step's graph is needed any more, so a CUDA graph may use its memory.
+        """
+        if alone:
+            torch.compiler.cudagraph_mark_step_begin()
+        theta = theta.detach().requires_grad_(True)
+        x, y = self.augment(image_syn, batch)
+        return theta, *self.step(theta, x, y, syn_lr)
+
+
+def bytes_of_graph(tensor):
+    """The size of all tensors that are kept for the derivative of `tensor`."""
+    nodes, seen, sizes = [tensor.grad_fn], set(), {}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        for saved in getattr(node, "saved_tensors", ()) or [getattr(node, name) for name in names]:
+            for part in saved if isinstance(saved, (list, tuple)) else [saved]:
+                if isinstance(part, torch.Tensor):
+                    storage = part.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 UNROLLS = {"adjoint": AdjointUnroll, "autograd": AutogradUnroll}

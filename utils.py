@@ -1,10 +1,7 @@
-"""What both scripts do to images and networks: seed, augment, compile, train, test."""
+"""What both scripts do to images and networks: seed, augment, train, test."""
 
 import hashlib
-import logging
 import math
-import time
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from networks import get_network
-from process import ReportedError, first_line, write_line
+from process import ReportedError
 
 # --------------------------------------------------------------------------------------------------
 # Seeding
@@ -303,91 +300,6 @@ def send(tensors, device):
     parts = packed.to(device, non_blocking=True).split([tensors[i].nbytes for i in order])
     sent = dict(zip(order, parts))
     return [sent[i].view(t.dtype).view(t.shape) for i, t in enumerate(tensors)]
-
-
-# --------------------------------------------------------------------------------------------------
-# Compilation
-
-
-class Compiler:
-    """How networks and functions run: through `torch.compile`, in bfloat16 (`amp`), or as they are.
-
-    Where something cannot be compiled, without a C++ compiler for instance, all runs as it is from
-    then on, after a warning.
-    """
-
-    def __init__(self, compile=True, amp=False):
-        self.compile = compile
-        self.amp = amp
-        if compile:
-            # One ConvNet.forward serves all its variants, with several graphs for each.
-            torch._dynamo.config.recompile_limit = 64
-            torch._dynamo.config.suppress_errors = True
-            log = logging.getLogger("torch._dynamo.convert_frame")
-            if FAILURES not in log.filters:
-                log.addFilter(FAILURES)
-
-    @property
-    def compiles(self):
-        return self.compile and not FAILURES.seen
-
-    def __call__(self, network):
-        """A function from images (B, C, H, W) to the network's logits (B, classes), in float32."""
-        compiled = torch.compile(network, dynamic=False) if self.compile else None
-
-        def forward(x):
-            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                if not self.compiles:
-                    return network(x).float()
-                # Compiled convolutions are faster in this layout.
-                return compiled(x.contiguous(memory_format=torch.channels_last)).float()
-
-        return forward
-
-    def function(self, function):
-        """A pure function from tensors to a tuple of tensors, compiled; on CUDA as a CUDA graph.
-
-        Its first call compiles, and prints how long that took.
-        """
-        if not self.compile:
-            return function
-        compiled = torch.compile(function, dynamic=False, mode="reduce-overhead")
-        name = getattr(function, "func", function).__name__  # of a partial, the function's
-        is_first = True
-
-        def call(*tensors):
-            nonlocal is_first
-            if not self.compiles:
-                return function(*tensors)
-            start = time.perf_counter()
-            torch.compiler.cudagraph_mark_step_begin()
-            results = compiled(*tensors)
-            if tensors[0].is_cuda:  # the next replay overwrites the graph's own results
-                results = tuple(result.clone() for result in results)
-            if is_first and self.compiles:
-                write_line(f"compiled {name} in {time.perf_counter() - start:.0f} s")
-            is_first = False
-            return results
-
-        return call
-
-
-class CompileFailures(logging.Filter):
-    """Turns PyTorch's log of a compilation that failed into one warning, and remembers it."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = False
-
-    def filter(self, record):
-        if record.exc_info and not self.seen:
-            self.seen = True
-            error = first_line(record.exc_info[1])
-            warnings.warn(f"torch.compile failed, continuing without it: {error}")
-        return not record.exc_info
-
-
-FAILURES = CompileFailures()  # one for the process, as loggers are
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def test_a_benchmark_prints_a_table_and_writes_it_as_json(bench, tmp_path, capsy
     bench.main([*FEW, "--steps", "10", "12", "--no-amp", f"--out={path}"])
     results = json.loads(path.read_text())
     measured = [(row["engine"], row["steps"]) for row in results["iterations"]]
-    assert measured == [("adjoint", 10), ("adjoint", 12), ("autograd", 10), ("autograd", 12)]
+    assert measured == [(engine, steps) for engine in bench.ENGINES for steps in (10, 12)]
     for row in results["iterations"]:
         assert len(row["seconds"]) == 2 and row["median"] > 0 and row["peak"] > 1e8
     assert results["experts float32"]["images per second"] > 0
@@ -84,7 +84,12 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32(bench):
     assert 0.9 < bench.measure("cosine", "cpu", **options)["cosine"] < 1
 
 
-CHECKOUT = {  # what mtt.py touches of MTT's code
+CHECKOUT = {
+    "networks.py": """
+class ConvNet:
+    def __init__(self, im_size=(32, 32)):
+        self.im_size = im_size
+""",  # what mtt.py touches of MTT's code
     "utils.py": """
 import time
 
@@ -105,6 +110,7 @@ import torch
 
 import utils
 from scipy.ndimage.interpolation import rotate
+from networks import ConvNet
 from utils import evaluate_synset, get_dataset
 
 if __name__ == "__main__":
@@ -116,6 +122,7 @@ if __name__ == "__main__":
     assert (channel, im_size, num_classes, class_map[9]) == (3, (16, 16), 10, 9)
     wandb.init(project="MTT", config=args)
     assert wandb.config._items["Iteration"] == args.Iteration
+    assert ConvNet().im_size == (16, 16)
     assert evaluate_synset() == evaluate_synset() and len(utils.calls) == 1
     for it in range(args.Iteration + 1):
         wandb.log({"Synthetic_LR": 0.01}, step=it)

@@ -10,6 +10,7 @@ import torch
 from conftest import history, records_of
 from PIL import Image
 
+import compilation
 import datasets
 import process
 import utils
@@ -413,7 +414,7 @@ def test_a_resnet_distills_under_either_name_beside_an_mlp(distill, tmp_path):
 
 def test_compilation_is_of_the_steps_and_of_the_networks_of_an_evaluation(distill, monkeypatch):
     compiled = []
-    monkeypatch.setattr(utils.FAILURES, "seen", False)
+    monkeypatch.setattr(compilation.FAILURES, "seen", False)
 
     def compile(function, **options):
         compiled.append(getattr(function, "__name__", type(function).__name__))
@@ -422,7 +423,7 @@ def test_compilation_is_of_the_steps_and_of_the_networks_of_an_evaluation(distil
     monkeypatch.setattr(torch, "compile", compile)
     _, record = distill("--compile", "--Iteration=1")
     assert record["settings"]["compile"] is True
-    assert compiled == ["step", "step_back"] + ["ConvNet"] * len(compiled[2:])
+    assert compiled == ["step", "step"] + ["ConvNet"] * len(compiled[2:])
     assert len(compiled) == 2 + 2 + len(record["random_real"])
 
 

@@ -9,14 +9,17 @@ import torch
 from torchvision.datasets import ImageFolder
 
 import evaluation
+import process
 import utils
+from compilation import Compiler
 from datasets import CLASS_NAMES, load_data
 from evaluation import EVAL_POOLS, Evaluator, make_pool, sgd_step
 from networks import ConvNet
 from preprocessing import Form
+from process import ReportedError
 from reparam_module import ReparamModule
 from scores import Evaluations, Scores, from_json, to_json
-from utils import Augment, Compiler
+from utils import Augment
 
 SCRIPT = "distillation.py"
 MODEL = "ConvNetD1"
@@ -120,7 +123,7 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other(eval
     labels = torch.arange(7)
     alone, together, initial = (small_networks() for _ in range(3))
     for network, x, k in zip(alone, images, range(3)):
-        evaluator.evaluate_synset(network, network, (x, labels), 0.02, seeded(k), range(4))
+        list(evaluator.evaluate_synset(network, network, (x, labels), 0.02, seeded(k)))
     step = partial(sgd_step, ReparamModule(together[0]))
     generators = [seeded(k) for k in range(3)]
     evaluator.train_together(step, together, (images, labels), 0.02, generators)
@@ -128,6 +131,43 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other(eval
         for p, q, start in zip(*(network.parameters() for network in networks)):
             assert not torch.equal(p, start)
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_networks_trained_in_threads_end_as_those_trained_one_after_the_other(evaluator, data):
+    """But for the order of summation, which the number of threads decides."""
+    before = torch.get_num_threads()
+    scores = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            images, labels = data.train
+            scores.append(evaluator(images[:20], labels[:20], 0.01, (0, "key"))[MODEL])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for others in scores[1:]:
+        assert others.test == pytest.approx(scores[0].test, abs=0.05)
+        assert others.val == pytest.approx(scores[0].val, abs=0.05)
+
+
+def test_iterators_in_threads_take_turns_and_what_one_raises_ends_all():
+    bar = process.progress(total=300)
+    order = []
+
+    def count(name, last):
+        for _ in range(last):
+            order.append(name)
+            yield
+        if name == "faulty":
+            raise ReportedError("at its end")
+
+    process.in_threads([count(k, 60) for k in range(3)], 2, bar)
+    assert [order.count(k) for k in range(3)] == [60] * 3
+    with pytest.raises(ReportedError, match="at its end"):
+        process.in_threads([count("faulty", 5), count("endless", 10**9)], 2, bar)
+    order.clear()
+    process.in_threads([count(k, 30) for k in range(2)], 1, bar)
+    assert order == [0] * 20 + [1] * 20 + [0] * 10 + [1] * 10
 
 
 def test_networks_trained_together_keep_parameters_aligned_to_16_bytes(evaluator):

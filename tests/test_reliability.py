@@ -25,6 +25,7 @@ from outcomes import (
     outcome,
 )
 
+import compilation
 import files
 import trajectories
 import utils
@@ -165,7 +166,7 @@ def test_networks_that_are_trained_together_stop_within_an_epoch():
         batch_train=10,
         batch_real=10,
         augment=utils.Augment(8),
-        compiler=utils.Compiler(compile=False),
+        compiler=compilation.Compiler(compile=False),
     )
     steps = []
 

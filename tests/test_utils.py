@@ -1,10 +1,4 @@
-"""What is done to networks: seeding, compilation, training and testing."""
-
-import logging
-import re
-import sys
-import warnings
-from functools import partial
+"""What is done to networks: seeding, training and testing."""
 
 import pytest
 import torch
@@ -13,7 +7,7 @@ from torch import nn
 import utils
 from preprocessing import Form
 from process import ReportedError
-from utils import Augment, CompileFailures, Compiler
+from utils import Augment
 
 CPU = torch.device("cpu")
 
@@ -49,102 +43,6 @@ def test_a_network_follows_from_its_generator_and_leaves_the_global_one_alone():
 def test_a_network_that_there_is_not_is_reported_with_its_flag(model, side, fault):
     with pytest.raises(ReportedError, match=f"--model={model}: .*{fault}"):
         utils.initial_network(model, Form(10, side), seeded(0), CPU)
-
-
-# --------------------------------------------------------------------------------------------------
-# Compilation; with a compiler: test_reparam_module.py and test_experts.py
-
-
-@pytest.fixture
-def failures(monkeypatch):
-    """The failures of this process, as if there had been none."""
-    monkeypatch.setattr(utils.FAILURES, "seen", False)
-    return utils.FAILURES
-
-
-def double(x):
-    return (2 * x,)
-
-
-def test_without_compilation_functions_and_networks_run_as_they_are():
-    compiler = Compiler(compile=False)
-    assert compiler.function(double) is double
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    x = torch.randn(2, 3, 2, 2, generator=seeded(0))
-    assert torch.equal(compiler(network)(x), network(x))
-
-
-def test_bfloat16_is_only_inside_a_network():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    x = torch.randn(2, 3, 2, 2, generator=seeded(0))
-    seen = []
-    network[1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    logits = Compiler(compile=False, amp=True)(network)(x)
-    assert seen == [torch.bfloat16] and logits.dtype == torch.float32
-    assert (logits - network(x)).abs().max() < 0.1
-
-
-def test_the_first_call_of_a_compiled_function_says_how_long_it_took(failures, monkeypatch, capfd):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    compiler = Compiler()
-    for function in (compiler.function(double), compiler.function(partial(double))):
-        for _ in range(2):
-            (result,) = function(torch.ones(3))
-            assert result.tolist() == [2, 2, 2]
-    lines = capfd.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert all(re.fullmatch(r"compiled double in \d+ s", line) for line in lines)
-
-
-def log_failure(log):
-    """Log a failure as torch.compile does."""
-    try:
-        raise RuntimeError("no C++ compiler\nwas found")
-    except RuntimeError:
-        log.warning("WON'T CONVERT", exc_info=sys.exc_info())
-
-
-def test_of_many_failed_compilations_one_warning_is_left(caplog):
-    log = logging.getLogger("a test of CompileFailures")
-    log.addFilter(CompileFailures())
-    with pytest.warns(UserWarning, match="continuing without it: no C") as caught:
-        log_failure(log)
-    assert len(caught) == 1 and str(caught[0].message).endswith("no C++ compiler")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        log_failure(log)
-    assert not caplog.records
-    log.warning("something else")
-    assert [record.message for record in caplog.records] == ["something else"]
-
-
-def test_many_compilers_add_one_filter():
-    log = logging.getLogger("torch._dynamo.convert_frame")
-    for _ in range(3):
-        Compiler()
-    assert sum(isinstance(filter, CompileFailures) for filter in log.filters) == 1
-
-
-def test_after_a_failure_functions_and_networks_run_as_they_are(failures, monkeypatch, capfd):
-    def compile(function, **_):
-        def run(*args):
-            failures.seen = True  # as where there is no C++ compiler, in the first call
-            calls.append(function)
-            return function(*args)
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", compile)
-    calls = []
-    compiler = Compiler()
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    x = torch.randn(2, 3, 2, 2, generator=seeded(0))
-    function, forward = compiler.function(double), compiler(network)
-    assert compiler.compiles
-    for _ in range(2):
-        assert torch.equal(function(x)[0], 2 * x) and torch.equal(forward(x), network(x))
-    assert calls == [double] and not compiler.compiles
-    assert "compiled" not in capfd.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------

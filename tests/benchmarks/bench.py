@@ -38,10 +38,11 @@ import files
 import process
 import trajectories
 import utils
+from compilation import Compiler
 from evaluation import Evaluator
 from preprocessing import Data, Form
 from reparam_module import UNROLLS, ReparamModule
-from utils import Augment, Compiler
+from utils import Augment
 
 FORM = Form(10, 64)
 AUGMENT = Augment(FORM.im_size, utils.augment_groups(True, utils.DSA_STRATEGY))
@@ -134,14 +135,15 @@ def measure_limits(device, precisions, size):
     return rates
 
 
-def measure_iteration(device, model, ipc, unroll, steps, precision, compile, repeat):
+def measure_iteration(device, model, ipc, unroll, memory, steps, precision, compile, repeat):
     """Iterations of distillation: batches drawn and augmented, N steps, gradients."""
     inputs = make_inputs(model, ipc, device)
     images, syn_lr = inputs.leaves()
     segment = inputs.segment(device)
     make_batch = partial(AUGMENT, labels=inputs.labels)
     student = make_student(model, precision, device)
-    engine = UNROLLS[unroll](student, make_batch, Compiler(compile).function)
+    memory = process.activation_memory(memory, device)
+    engine = UNROLLS[unroll](student, make_batch, Compiler(compile).function, memory)
     random = utils.make_generator("draws")
 
     def iterate():
@@ -341,29 +343,30 @@ class Table:
         return f"{start}{line}{against:23}   {row['first']:8.1f}"
 
 
+# How rows are called, which engine they measure, and what its kept activations may take; the first
+# takes what distillation.py does.
+ENGINES = {
+    "adjoint": ("adjoint", None),
+    "adjoint, 0": ("adjoint", 0.0),
+    "autograd": ("autograd", 0.0),
+}
+
+
 def measure_iterations(args, table, common, precisions):
     """Add a row for each precision, engine and N, as far as memory suffices."""
-    available = available_memory(torch.device(args.device))
+    available = process.free_memory(torch.device(args.device))
     for precision in precisions:
-        for unroll in UNROLLS:
+        for name, (unroll, memory) in ENGINES.items():
             peaks = []
             for steps in args.steps:
                 if len(peaks) > 1 and 3 * peaks[-1] - 2 * peaks[0] > 0.8 * available:
                     row = {"not measured": "would need more memory than there is"}
                 else:
-                    options = {"unroll": unroll, "steps": steps, "precision": precision}
-                    options |= {"compile": args.compile, "repeat": args.repeat}
-                    row = child("iteration", **common, **options)
+                    options = {"unroll": unroll, "memory": memory, "steps": steps}
+                    options |= {"precision": precision, "compile": args.compile}
+                    row = child("iteration", **common, **options, repeat=args.repeat)
                     peaks.append(row["peak"])
-                table.add(unroll, precision, steps, row)
-
-
-def available_memory(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    line = next(line for line in lines if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+                table.add(name, precision, steps, row)
 
 
 def measure_all(args):

@@ -4,10 +4,10 @@
 
 CHECKOUT is a copy of github.com/GeorgeCazenavette/mtt-distillation. Its `distill.py` runs as it
 stands; replaced is only what it reaches outside for: the data set (by the images and labels in
-IMAGES.pt, (N, 3, H, W) and (N,)), wandb (by a clock), and what newer versions of SciPy and machines
-without CUDA lack. Of an evaluation's networks only the first one is trained. WORK is the folder
-that it runs in. Prints one JSON object: seconds of every iteration and of the evaluation, and the
-peak memory in bytes.
+IMAGES.pt, (N, 3, H, W) and (N,)), wandb (by a clock), a default size of images, and what newer
+versions of SciPy and machines without CUDA lack. Of an evaluation's networks only the first one is
+trained. WORK is the folder that it runs in. Prints one JSON object: seconds of every iteration and
+of the evaluation, and the peak memory in bytes.
 """
 
 import contextlib
@@ -84,9 +84,13 @@ def main():
         torch.Tensor.cuda = lambda tensor, *_: tensor
     os.chdir(work)
 
+    import networks
     import utils as theirs  # of MTT
 
-    theirs.get_dataset = lambda *_, **__: dataset(images_file)
+    data = dataset(images_file)
+    theirs.get_dataset = lambda *_, **__: data
+    # MTT passes the images' size to ConvNet alone; ConvNetW32 and the others take its default.
+    networks.ConvNet.__init__.__defaults__ = (data[1],)
     train = theirs.evaluate_synset
     results = []
     seconds = []

@@ -11,9 +11,10 @@ from conftest import ROOT
 from torch.nn import functional as F
 
 import utils
+from compilation import Compiler
 from preprocessing import Form
 from reparam_module import AdjointUnroll, AutogradUnroll, ReparamModule
-from utils import Augment, Compiler
+from utils import Augment
 
 DSA = utils.augment_groups(True, utils.DSA_STRATEGY)
 LR = 0.02

@@ -88,7 +88,7 @@ def test_compilation_and_bfloat16_change_a_run_only_a_little(
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
         record = json.loads((tmp_path / f"logs/EuroSAT/{compile}/results.json").read_text())
         losses[compile] = [row["loss"] for row in record["evaluations"][1:]]
-    assert "compiled step in" in done.stdout and "compiled step_back in" in done.stdout
+    assert "compiled step in" in done.stdout
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
     assert losses[True] != losses[False]
 

@@ -1,0 +1,212 @@
+"""What `torch.compile` does here: to networks, and to the steps of students and evaluations."""
+
+import logging
+import operator
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from process import first_line, is_out_of_memory, write_line
+
+# --------------------------------------------------------------------------------------------------
+# The compiler
+
+# Of a step's activations, what a compiled step keeps for its derivative, from 0 to 1. At 0.4 these
+# are the results of convolutions and matrix products; from them the rest is computed once more,
+# which is faster than to write and read it.
+ACTIVATION_BUDGET = 0.4
+
+
+class Compiler:
+    """How networks and functions run: through `torch.compile`, in bfloat16 (`amp`), or as they are.
+
+    Where something cannot be compiled, without a C++ compiler for instance, all runs as it is from
+    then on, after a warning.
+    """
+
+    def __init__(self, compile=True, amp=False):
+        self.compile = compile
+        self.amp = amp
+        self.graphs = torch.cuda.is_available()  # whether functions become CUDA graphs
+        if compile:
+            # One ConvNet.forward serves all its variants, with several graphs for each.
+            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.suppress_errors = True
+            torch._inductor.config.joint_custom_pre_pass = SecondDerivatives()
+            log = logging.getLogger("torch._dynamo.convert_frame")
+            if FAILURES not in log.filters:
+                log.addFilter(FAILURES)
+
+    @property
+    def compiles(self):
+        return self.compile and not FAILURES.seen
+
+    def __call__(self, network):
+        """A function from images (B, C, H, W) to the network's logits (B, classes), in float32."""
+        compiled = torch.compile(network, dynamic=False) if self.compile else None
+
+        def forward(x):
+            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.amp):
+                if not self.compiles:
+                    return network(x).float()
+                # Compiled convolutions are faster in this layout.
+                return compiled(x.contiguous(memory_format=torch.channels_last)).float()
+
+        return forward
+
+    def function(self, function):
+        """A pure function from tensors to a tuple of tensors, compiled; on CUDA as a CUDA graph.
+
+        It can be differentiated once. Its first call compiles it, with its derivative where a
+        tensor requires grad, and prints how long that took.
+        """
+        if not self.compile:
+            return function
+        # The one without CUDA graphs is for `degrade`; neither is compiled before it is called.
+        graphs = torch.compile(function, dynamic=False, mode="reduce-overhead")
+        plain = torch.compile(function, dynamic=False)
+        name = getattr(function, "func", function).__name__  # of a partial, the function's
+        is_first = True
+
+        def run(*tensors):
+            with torch._functorch.config.patch(activation_memory_budget=ACTIVATION_BUDGET):
+                return (graphs if self.graphs else plain)(*tensors)
+
+        def call(*tensors):
+            nonlocal is_first
+            if not self.compiles:
+                return function(*tensors)
+            start = time.perf_counter()
+            results = run(*tensors)
+            if is_first and results[0].requires_grad:
+                differentiate(results, tensors)
+                results = run(*tensors)  # with a graph again
+            if is_first and self.compiles:
+                write_line(f"compiled {name} in {time.perf_counter() - start:.0f} s")
+            is_first = False
+            if tensors[0].is_cuda:  # the next replay overwrites the graph's own results
+                results = tuple(result.clone() for result in results)
+            return results
+
+        return self.retrying(call)
+
+    def retrying(self, function):
+        """A pure function, called once more, with less of compilation, where that may have failed.
+
+        CUDA and Triton raise RuntimeErrors, as much else does: what fails for good is raised.
+        """
+
+        def call(*args):
+            try:
+                return function(*args)
+            except RuntimeError as error:
+                if is_out_of_memory(error) or not self.degrade(error):
+                    raise
+            return call(*args)
+
+        return call
+
+    def degrade(self, error):
+        """Do without CUDA graphs; the next time, without compilation. False: it is neither."""
+        may_be = torch.cuda.is_available() or isinstance(error, TorchDynamoException)
+        if not (self.compiles and may_be):
+            return False
+        what = "a CUDA graph" if self.graphs else "torch.compile"
+        warnings.warn(f"{what} failed, continuing without it: {first_line(error)}")
+        if not self.graphs:
+            FAILURES.seen = True
+        self.graphs = False
+        return True
+
+
+def differentiate(results, tensors):
+    """Compute the derivative of a compiled function once, which compiles it, too."""
+    leaves = [tensor for tensor in tensors if tensor.requires_grad]
+    torch.autograd.grad(results[0], leaves, torch.zeros_like(results[0]), allow_unused=True)
+
+
+class CompileFailures(logging.Filter):
+    """Turns PyTorch's log of a compilation that failed into one warning, and remembers it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = False
+
+    def filter(self, record):
+        if record.exc_info and not self.seen:
+            self.seen = True
+            error = first_line(record.exc_info[1])
+            warnings.warn(f"torch.compile failed, continuing without it: {error}")
+        return not record.exc_info
+
+
+FAILURES = CompileFailures()  # one for the process, as loggers are
+
+# --------------------------------------------------------------------------------------------------
+# Second derivatives of convolutions
+
+aten = torch.ops.aten
+
+
+class SecondDerivatives(CustomGraphPass):
+    """Compute the second derivative of a convolution by its weights as cuDNN and oneDNN expect it.
+
+    The adjoint a of a convolution's input and the adjoint g of its result give one of its weights.
+    PyTorch's derivative of a derivative computes it as a convolution of a with g as the kernel, as
+    large as the image, both with batch and channels swapped; for that, libraries have no fast
+    algorithm. It is the same as the weights' gradient of an ordinary convolution.
+    """
+
+    def __call__(self, graph):
+        for node in list(graph.find_nodes(op="call_function", target=aten.convolution.default)):
+            x, g = (swapped(argument) for argument in node.args[:2])
+            if x is not None and g is not None:
+                replace_convolution(graph, node, x, g)
+
+    def uuid(self):
+        """What PyTorch's cache of compiled graphs knows this pass by."""
+        return Path(__file__).read_bytes()
+
+
+SWAP = [1, 0, 2, 3]  # batch and channels
+
+
+def swapped(node):
+    """What `node` is the swapped form of; None: it is none."""
+    if node.target is aten.permute.default and list(node.args[1]) == SWAP:
+        return node.args[0]
+    return None
+
+
+def replace_convolution(graph, node, x, g):
+    """Put a gradient of weights in the place of the convolution of `x` with `g` that `node` is."""
+    _, _, _, dilation, padding, stride, *_, groups = node.args
+    shape = node.meta["val"].transpose(0, 1).shape
+    # The derivative wants to see the weights, but only for their shape.
+    weights = (n.args[1] for n in x.users if n.target is aten.convolution.default)
+    weights = [w for w in weights if w.meta["val"].shape == shape]
+    if not weights:
+        return
+    arguments = (g, x, weights[0], None, stride, padding, dilation, False, [0, 0], groups)
+    with graph.inserting_before(node):
+        gradients = append(
+            graph, aten.convolution_backward.default, *arguments, [False, True, False]
+        )
+        gradient = append(graph, operator.getitem, gradients, 1)
+        replacement = append(graph, aten.permute.default, gradient, SWAP)
+    node.replace_all_uses_with(replacement)
+    graph.erase_node(node)
+
+
+def append(graph, function, *args):
+    """A node that calls `function`, with the tensor that it will return for its `val`."""
+    node = graph.call_function(function, args)
+    values = torch.fx.node.map_arg(args, lambda argument: argument.meta["val"])
+    node.meta["val"] = function(*values)
+    return node
