@@ -175,8 +175,8 @@ def in_threads(iterators, workers, bar):
     raises is raised here, and ends the others.
     """
     queue = deque(iterators)
-    workers = min(workers, len(queue))
     threads = torch.get_num_threads()
+    workers = min(workers, len(queue), threads)
     failed = threading.Event()
 
     def work():

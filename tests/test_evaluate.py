@@ -133,24 +133,32 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other(eval
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_networks_trained_in_threads_end_as_those_trained_one_after_the_other(evaluator, data):
-    """But for the order of summation, which the number of threads decides."""
+@pytest.fixture
+def set_threads():
+    """`torch.set_num_threads`, whose effect ends with the test."""
     before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_networks_trained_in_threads_end_as_those_trained_one_after_the_other(
+    evaluator, data, set_threads
+):
+    """But for the order of summation, which the number of threads decides."""
     scores = []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            images, labels = data.train
-            scores.append(evaluator(images[:20], labels[:20], 0.01, (0, "key"))[MODEL])
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 4):
+        set_threads(threads)
+        images, labels = data.train
+        scores.append(evaluator(images[:20], labels[:20], 0.01, (0, "key"))[MODEL])
+        assert torch.get_num_threads() == threads
     for others in scores[1:]:
         assert others.test == pytest.approx(scores[0].test, abs=0.05)
         assert others.val == pytest.approx(scores[0].val, abs=0.05)
 
 
-def test_iterators_in_threads_take_turns_and_what_one_raises_ends_all():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_iterators_in_threads_take_turns_and_what_one_raises_ends_all(set_threads, threads):
+    set_threads(threads)
     bar = process.progress(total=300)
     order = []
 
@@ -163,11 +171,11 @@ def test_iterators_in_threads_take_turns_and_what_one_raises_ends_all():
 
     process.in_threads([count(k, 60) for k in range(3)], 2, bar)
     assert [order.count(k) for k in range(3)] == [60] * 3
+    if threads == 1:
+        assert order == [k for _ in range(3) for k in range(3) for _ in range(20)]
     with pytest.raises(ReportedError, match="at its end"):
-        process.in_threads([count("faulty", 5), count("endless", 10**9)], 2, bar)
-    order.clear()
-    process.in_threads([count(k, 30) for k in range(2)], 1, bar)
-    assert order == [0] * 20 + [1] * 20 + [0] * 10 + [1] * 10
+        process.in_threads([count("endless", 10**9), count("faulty", 25)], 2, bar)
+    assert torch.get_num_threads() == threads
 
 
 def test_networks_trained_together_keep_parameters_aligned_to_16_bytes(evaluator):
