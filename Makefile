@@ -2,6 +2,7 @@
 # make test         style and tests, on all cores up to four: under 4 minutes on 2
 # make soak         what takes too long for every change: real kills, full-size engines and whitening
 # make bench        time and memory of the engine; PEER=DIR: beside MTT's own loop, from a checkout
+# make gpu-check    for a machine with CUDA: results, resumption and speed on its GPU
 #
 # All first make a virtual environment in .venv from requirements.txt, once. PYTHON chooses the
 # interpreter (3.10 to 3.13).
@@ -31,9 +32,12 @@ soak: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python tests/benchmarks/bench.py $(if $(PEER),--peer $(PEER))
 
+gpu-check: $(VENV)/installed
+	$(VENV)/bin/python tests/gpu_check.py
+
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --requirement requirements.txt
 	touch $@
 
-.PHONY: quickstart test soak bench
+.PHONY: quickstart test soak bench gpu-check

@@ -13,6 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from process import first_line, is_out_of_memory, write_line
+from utils import apply_group
 
 # --------------------------------------------------------------------------------------------------
 # The compiler
@@ -95,6 +96,22 @@ class Compiler:
             return results
 
         return self.retrying(call)
+
+    def augmentation(self, device):
+        """A function like `apply_group`, compiled on CUDA, for each group at its first call.
+
+        A group has dozens of small kernels there, which take longer to launch than to run. On a
+        CPU, compiling would take longer than it saves.
+        """
+        if device.type != "cuda" or not self.compile:
+            return apply_group
+        compiled = torch.compile(apply_group, dynamic=False)
+
+        def apply(x, group, parameters):
+            runs = compiled if self.compiles and group != "plain" else apply_group  # SciPy's
+            return runs(x, group, parameters)
+
+        return apply
 
     def retrying(self, function):
         """A pure function, called once more, with less of compilation, where that may have failed.

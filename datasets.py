@@ -452,7 +452,7 @@ def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
         settings["zca_eps"] = ZCA_EPS
         key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
         with files.locked(data_path, reader=True):  # one process whitens, others read its cache
-            images, whitening = whiten(raw.images, split.train, data_path / f"zca_{key}.pt")
+            images, whitening = whiten(raw.images, split.train, data_path / f"zca_{key}.pt", device)
     else:
         mean, std = source.statistics or channel_statistics(raw.images[split.train])
         settings |= {"mean": mean, "std": std}
@@ -465,12 +465,13 @@ def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
     return Data(*parts, raw.classes, settings, whitening)
 
 
-def whiten(images, train, cache):
+def whiten(images, train, cache, device="cpu"):
     """ZCA fitted to `images[train]` and applied to all: float32 images, and the transform.
 
     images  uint8 (N, C, H, W)
     cache   a file that keeps both, 2.5 GB for EuroSAT, and is read back by memory map: fitting
             takes minutes at 12,288 dimensions
+    device  that fits it
     """
     zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
     if cached := files.read_cache(cache, "images", "mean", "transform", "inverse"):
@@ -479,7 +480,7 @@ def whiten(images, train, cache):
         return images, zca
     size = 4 * images.numel() + 8 * images[0].numel() ** 2  # the images, and both transforms
     print(f"fitting ZCA on {len(train)} images; kept in {cache} ({size / 1e9:.1f} GB)", flush=True)
-    zca = fit_zca(images[train].float().div_(255))
+    zca = fit_zca(images[train].float().div_(255), device=device)
     white = torch.empty(images.shape)
     for part, out in zip(images.split(2048), white.split(2048)):
         out.copy_(zca(part.float().div_(255)))

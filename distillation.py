@@ -32,7 +32,7 @@ import utils
 from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
 from compilation import Compiler
 from evaluation import EVAL_POOLS, Evaluator, evaluate_real
-from preprocessing import Data, random_real
+from preprocessing import Data, initial_images
 from process import ReportedError, Stopped, stop
 from reparam_module import UNROLLS, ReparamModule
 from scores import Evaluations, from_json, to_json
@@ -64,13 +64,8 @@ def add_flags(parser):
     add("--batch_syn", count, None, "IMAGES", "synthetic images per step (default: all of them)")
     engines = "gradients by adjoint, in memory that hardly grows with N, or autograd, as in MTT"
     add("--unroll", choice(UNROLLS), "adjoint", "ENGINE", engines)
-    add(
-        "--unroll_memory",
-        not_negative,
-        None,
-        "GB",
-        "for activations that need not be computed twice (default: an eighth of what is free)",
-    )
+    memory = "for activations that need not be computed twice (default: 1/8 of what is free)"
+    add("--unroll_memory", not_negative, None, "GB", memory)
     add("--pix_init", choice(("real", "noise")), "real", "real|noise", "what the images start from")
     add("--no_aug", boolean, False, "BOOL", "no augmentation while distilling")
     add("--texture", boolean, False, "BOOL", "learn canvases, cut random windows; not with --zca")
@@ -88,13 +83,7 @@ def add_flags(parser):
     sets = "instead of distilling, evaluate a saved set (a run's folder, or images_*.pt), random: "
     sets += "--ipc random real images per class, or full: all training images"
     add("--evaluate", str, None, "WHAT", sets)
-    add(
-        "--export",
-        folder_path,
-        None,
-        "DIR",
-        "with --evaluate: write the set for other tools, and end",
-    )
+    add("--export", folder_path, None, "DIR", "write the set of --evaluate for other tools")
 
     add = parser.topic("results")
     add("--log_dir", folder_path, Path("logged_files"), "DIR", "where results are written")
@@ -181,6 +170,7 @@ def load_inputs(args):
     experts = experts.check_segments(args.max_start_epoch, args.expert_epochs, args.skip_damaged)
 
     # Minutes, where images are whitened for the first time.
+    print(process.describe(device, compiler.amp), flush=True)
     data = datasets.load_data(
         args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
     )
@@ -213,12 +203,12 @@ def make_student(model, form, amp, device):
         raise ReportedError(f"--model={model}: {error}") from None
 
 
-def student_augment(args, form):
+def student_augment(args, form, apply=utils.apply_group):
     """What the student sees of the synthetic images."""
     # Plain augmentation cannot be differentiated.
     augments = args.dsa and not args.no_aug
     groups = utils.augment_groups(True, args.dsa_strategy) if augments else ()
-    return Augment(form.im_size, groups, args.canvas_samples if args.texture else 0)
+    return Augment(form.im_size, groups, args.canvas_samples if args.texture else 0, apply)
 
 
 def make_unroll(args, inputs, make_batch):
@@ -230,28 +220,14 @@ def make_unroll(args, inputs, make_batch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Synthetic images, and all else that changes
-
-
-def initial_images(data: Data, ipc, pix_init, canvas_size, generator):
-    """Images (ipc * classes, 3, S, S) to start from, S = canvas_size * im_size, and labels."""
-    label_syn = torch.arange(data.form.num_classes).repeat_interleave(ipc)
-    if pix_init == "noise":
-        side = canvas_size * data.form.im_size
-        return torch.randn(len(label_syn), 3, side, side, generator=generator), label_syn
-    # A canvas of the texture mode is tiled with different real images.
-    rows = []
-    for _ in range(canvas_size):
-        tiles = [random_real(data, ipc, generator)[0] for _ in range(canvas_size)]
-        rows.append(torch.cat(tiles, dim=3))
-    return torch.cat(rows, dim=2), label_syn
+# What a run changes: synthetic images, α, and what is known of them
 
 
 class State:
     """All that changes in a run, and that a checkpoint keeps.
 
     image_syn, label_syn  synthetic images (K, 3, S, S), and their labels (K,)
-    syn_lr                α, a scalar
+    syn_lr                α, a scalar; alpha: its value
     random                the generator of all draws but those of evaluations
     losses                matching loss of each iteration so far
     evaluations           of the synthetic images
@@ -267,6 +243,7 @@ class State:
         self.image_syn = images.to(device).requires_grad_(True)
         self.label_syn = labels.to(device)
         self.syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # ()
+        self.alpha = self.syn_lr.item()
         # One optimiser with two rates does what MTT's two do.
         groups = [
             {"params": [self.image_syn], "lr": args.lr_img},
@@ -285,11 +262,20 @@ class State:
         return self.seconds_before + time.time() - self.start
 
     def step(self, loss, grad_image, grad_lr):
-        """Move images and α along the gradients of this loss."""
+        """Move images and α along the gradients of this loss.
+
+        Returns what is not finite, or α that is not positive, as text; None: all is well.
+        """
         self.image_syn.grad = grad_image  # (K, 3, S, S)
         self.syn_lr.grad = grad_lr  # ()
         self.optimizer.step()
-        self.losses.append(loss.item())  # waits for the device
+        checked = {"∂L/∂images": grad_image, "∂L/∂α": grad_lr, "images": self.image_syn}
+        finite = [tensor.isfinite().all() for tensor in checked.values()]
+        # All that is to be known of an iteration comes by one transfer: it waits for the device.
+        values = [loss, self.syn_lr.detach(), *(flag.to(loss.dtype) for flag in finite)]
+        loss, self.alpha, *finite = torch.stack(values).tolist()
+        self.losses.append(loss)
+        return first_fault(loss, self.alpha, dict(zip(checked, finite)))
 
     def save(self, path):
         content = {
@@ -315,6 +301,7 @@ class State:
             self.image_syn.copy_(content["images"])
             self.label_syn.copy_(content["labels"])
             self.syn_lr.copy_(content["syn_lr"])
+            self.alpha = self.syn_lr.item()
             self.optimizer.load_state_dict(content["optimizer"])
             self.random.set_state(content["random"])
             self.losses = content["losses"]
@@ -329,6 +316,23 @@ class State:
                 f"{path} is damaged ({process.first_line(error)}): remove it, and the run starts "
                 "from scratch"
             ) from None
+
+
+def first_fault(loss, alpha, finite):
+    """What went wrong in an iteration, and what may help; None: nothing.
+
+    `finite` says of other values, by name, whether they are.
+    """
+    faults = [] if math.isfinite(loss) else ["loss is not finite"]
+    faults += [f"{name} is not finite" for name, is_finite in finite.items() if not is_finite]
+    if not 0 < alpha < math.inf:
+        faults.append("α is not positive")
+    if not faults:
+        return None
+    return (
+        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps; the "
+        "checkpoint before it is kept"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -397,18 +401,6 @@ def finish(run, inputs, state):
     print(report.closing_table(run, inputs, state), flush=True)
 
 
-def check_finite(where, syn_lr, **values):
-    """Raise ReportedError, naming `where`, unless `values` are finite, and α positive, too."""
-    faults = [f"{name} is not finite" for name, v in values.items() if not v.isfinite().all()]
-    if not 0 < syn_lr < math.inf:
-        faults.append("α is not positive")
-    if faults:
-        raise ReportedError(
-            f"diverged at {where}: {faults[0]}, α = {syn_lr.item():.4g}. Lower --lr_lr, --lr_img, "
-            "--lr_teacher or --syn_steps; the checkpoint before it is kept"
-        )
-
-
 # --------------------------------------------------------------------------------------------------
 # Main
 
@@ -423,10 +415,10 @@ def main():
     data, experts, evaluator = inputs.data, inputs.experts, inputs.evaluator
     device = data.train[0].device
     state = State(args, data)
-    augment = student_augment(args, data.form)
+    augment = student_augment(args, data.form, inputs.compiler.augmentation(device))
     make_batch = partial(augment, labels=state.label_syn)
     unroll = make_unroll(args, inputs, make_batch)
-    batch_syn = batch_syn_of(args, data.form)
+    num_syn, batch_syn = len(state.label_syn), batch_syn_of(args, data.form)
     curves_due, line_due = process.Interval(60), process.Interval(60)
 
     with open_run(args, inputs, state) as run:
@@ -443,7 +435,7 @@ def main():
         bar = report.progress(state, args.Iteration)
         for it in bar:
             stop.check()
-            alpha = state.syn_lr.item()  # waits for the device, once per iteration
+            alpha = state.alpha
             log = {"Progress": it, "Synthetic_LR": alpha}
 
             # Evaluate before the update, as MTT does: iteration 0 is what the images start from.
@@ -468,29 +460,23 @@ def main():
             begin = time.perf_counter()
             expert = int(torch.randint(len(experts.members), (1,), generator=state.random))
             start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=state.random))
-            theta_start, theta_target = experts.segment(  # θ*_t and θ*_{t+M}, (P,) each
-                expert, start_epoch, args.expert_epochs, device
-            )
-            batches = utils.draw_batches(
-                len(state.label_syn), batch_syn, args.syn_steps, augment, state.random
-            )
-            batches = utils.to_device(batches, device)
+            segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
+            drawn = utils.draw_batches(num_syn, batch_syn, args.syn_steps, augment, state.random)
+            batches = utils.to_device(drawn, device)
 
             # Unroll the student from θ*_t, and differentiate its distance to θ*_{t+M}.
-            loss, grad_image, grad_lr = unroll(
-                theta_start, theta_target, state.image_syn, state.syn_lr, batches
-            )
-            where = f"iteration {it} ({experts.members[expert].name}, start epoch {start_epoch}, "
-            where += f"matching loss {loss:.4g})"
-            gradients = {"∂L/∂images": grad_image, "∂L/∂α": grad_lr}
-            check_finite(where, state.syn_lr, loss=loss, **gradients)
+            loss, *gradients = unroll(*segment, state.image_syn, state.syn_lr, batches)
 
             # Follow the gradients. α may leave the positive numbers, MTT's commonest failure.
-            state.step(loss, grad_image, grad_lr)
-            check_finite(where, state.syn_lr, images=state.image_syn)
+            fault = state.step(loss, *gradients)
+            loss = state.losses[-1]
+            if fault:
+                name = experts.members[expert].name
+                where = f"({name}, start epoch {start_epoch}, matching loss {loss:.4g})"
+                raise ReportedError(f"diverged at iteration {it} {where}: {fault}")
 
             seconds = time.perf_counter() - begin
-            log = {"Grand_Loss": state.losses[-1], "Start_Epoch": start_epoch, "Seconds": seconds}
+            log = {"Grand_Loss": loss, "Start_Epoch": start_epoch, "Seconds": seconds}
             run.dashboard.log(log, step=it)
             status = f"loss {loss:.4f}, α {alpha:.5f}, best {state.evaluations.best_accuracy:.1%}"
             bar.set_postfix_str(status, refresh=False)
@@ -509,5 +495,5 @@ if __name__ == "__main__":
     process.run_script(
         main,
         less_memory="lower --ipc, --batch_syn, --batch_train, --num_eval or --im_size, leave out "
-        "--zca, or use --amp or --unroll=adjoint",
+        "--zca, or use --amp, --unroll=adjoint or --unroll_memory=0",
     )

@@ -161,6 +161,8 @@ class Evaluator:
 def make_evaluator(args, data, pool, compiler):
     """The evaluator that the flags describe; it sees synthetic images as augmented canvases."""
     groups = utils.augment_groups(args.dsa, args.dsa_strategy)
+    windows = args.canvas_samples if args.texture else 0
+    apply = compiler.augmentation(data.train[0].device)
     return Evaluator(
         data=data,
         pool=pool,
@@ -168,7 +170,7 @@ def make_evaluator(args, data, pool, compiler):
         epochs=args.epoch_eval_train,
         batch_train=args.batch_train,
         batch_real=args.batch_real,
-        augment=Augment(data.form.im_size, groups, args.canvas_samples if args.texture else 0),
+        augment=Augment(data.form.im_size, groups, windows, apply),
         compiler=compiler,
     )
 
@@ -382,6 +384,7 @@ def evaluate_saved(args, settings):
     device = process.check_device(args.device)
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
+    print(process.describe(device, compiler.amp), flush=True)
     pool = make_pool(args.eval_mode, args.model, form, compiler, device)
     saved = load_set(args.evaluate, form) if is_saved(args.evaluate) else None
     data = datasets.load_data(
@@ -429,5 +432,6 @@ def save_evaluation(args, settings, data, row):
     folder = args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}_{digest}")
     (content,) = to_json([row])
     content |= {"settings": settings, "data": data.settings, "versions": process.versions()}
+    content["device"] = process.describe(data.train[0].device, settings["amp"])
     files.write_json(folder / "evaluation.json", content)
     print(f"\nFiles: {folder / 'evaluation.json'}")

@@ -66,7 +66,8 @@ def train_expert(args, data, compiler, seed, dashboard):
     random = utils.make_generator("expert", seed)
     network = utils.initial_network(args.model, data.form, random, device)
     forward = compiler(network)
-    augment = Augment(data.form.im_size, utils.augment_groups(args.dsa, args.dsa_strategy))
+    groups = utils.augment_groups(args.dsa, args.dsa_strategy)
+    augment = Augment(data.form.im_size, groups, apply=compiler.augmentation(device))
     optimizer = sgd(args, network, args.lr_teacher)
     line_due = process.Interval(60)
 
@@ -180,6 +181,7 @@ def main():
     args = parse_args()
     device = process.check_device(args.device)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
+    print(process.describe(device, compiler.amp), flush=True)
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     # An unknown network is refused here, before the data are loaded.
     utils.initial_network(args.model, form, utils.make_generator(0), device)
@@ -193,6 +195,7 @@ def main():
     )
     settings = data.settings | {"model": args.model}
     record = {"settings": settings, "training": training, "versions": process.versions()}
+    record["device"] = process.describe(device, compiler.amp)
 
     # Training for hours is in vain where the folder cannot be written.
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,20 @@ def random_real(data, ipc, generator):
     return images[chosen], labels[chosen]
 
 
+def initial_images(data: Data, ipc, pix_init, canvas_size, generator):
+    """Images (ipc * classes, 3, S, S) to start from, S = canvas_size * im_size, and labels."""
+    label_syn = torch.arange(data.form.num_classes).repeat_interleave(ipc)
+    if pix_init == "noise":
+        side = canvas_size * data.form.im_size
+        return torch.randn(len(label_syn), 3, side, side, generator=generator), label_syn
+    # A canvas of the texture mode is tiled with different real images.
+    rows = []
+    for _ in range(canvas_size):
+        tiles = [random_real(data, ipc, generator)[0] for _ in range(canvas_size)]
+        rows.append(torch.cat(tiles, dim=3))
+    return torch.cat(rows, dim=2), label_syn
+
+
 # --------------------------------------------------------------------------------------------------
 # Splits
 
@@ -129,8 +143,15 @@ def channel_statistics(images):
     return [[round(value, 6) for value in part.tolist()] for part in (mean, std)]
 
 
-def fit_zca(images, eps=ZCA_EPS):
+def eigenvectors(matrix, device):
+    """Eigenvalues, rising, and eigenvectors of a symmetric matrix, both on the CPU."""
+    return [result.cpu() for result in torch.linalg.eigh(matrix.to(device))]
+
+
+def fit_zca(images, eps=ZCA_EPS, device="cpu"):
     """kornia's ZCAWhitening(eps, compute_inv=True), fitted to float images (N, C, H, W) in [0, 1].
+
+    `device` computes the eigenvectors, which takes longest; images and transforms are on the CPU.
 
     kornia takes the singular values of the D×D covariance C. Here its eigenvectors V and
     eigenvalues λ are computed, or, with fewer images than dimensions, those of the N×N Gram matrix,
@@ -144,14 +165,14 @@ def fit_zca(images, eps=ZCA_EPS):
     mean = flat.mean(0, keepdim=True)
     centred = (flat - mean) / math.sqrt(len(flat) - 1)  # (N, D), so that C = centredᵀ centred
     if len(flat) < flat.shape[1]:
-        eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T)
+        eigenvalues, vectors = eigenvectors(centred @ centred.T, device)
         keep = eigenvalues > eigenvalues[-1] * 1e-6  # below: rounding
         eigenvalues = eigenvalues[keep]
         vectors = centred.T @ (vectors[:, keep] * eigenvalues.rsqrt())  # (D, rank)
     else:
         covariance = centred.T @ centred
         del centred  # 1 GB for EuroSAT
-        eigenvalues, vectors = torch.linalg.eigh(covariance)
+        eigenvalues, vectors = eigenvectors(covariance, device)
         del covariance
         eigenvalues = eigenvalues.clamp(min=0)
     root, root_eps = (eigenvalues + eps).sqrt(), math.sqrt(eps)

@@ -222,6 +222,8 @@ def check_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()  # the meta device, for one, has no data to copy
+        # A run's convolutions have few shapes: trying their algorithms pays.
+        torch.backends.cudnn.benchmark = True
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ReportedError(
@@ -236,7 +238,7 @@ def has_bfloat16(device):
     with AVX-512 but not its bfloat16 part, ten times without AVX-512.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -248,6 +250,17 @@ def check_amp(amp, device):
         warnings.warn(f"--amp: this {device.type} has no bfloat16; continuing in float32")
         return False
     return amp
+
+
+def describe(device, amp):
+    """The device and its precision, for the first line of output: a wrong driver means the CPU."""
+    precision = "bfloat16" if amp else "float32"
+    if device.type != "cuda":
+        return f"{device.type.upper()}, threads: {torch.get_num_threads()}, {precision}"
+    # PyTorch's default, as in MTT: faster on Ampere and later, and exact to three digits only.
+    if torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0):
+        precision += ", convolutions in TF32"
+    return f"{torch.cuda.get_device_name(device)}, {precision}"
 
 
 def keep_freed_memory():

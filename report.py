@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 import wandb
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -90,7 +89,7 @@ def save_results(run, inputs, state):
         "data": inputs.data.settings,
         "experts": len(inputs.experts.members),
         "versions": process.versions(),
-        "threads": torch.get_num_threads(),
+        "device": process.describe(state.syn_lr.device, run.settings["amp"]),
         "best_iteration": state.evaluations.best["iteration"],
         "evaluations": to_json(state.evaluations.rows),
         "random_real": to_json(state.baselines),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import files
+import utils
 from process import ReportedError, first_line
 
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ class Experts:
     def segment(self, expert, epoch, length, device):
         """θ*_t and θ*_{t+M} of an expert, each (P,), for t = `epoch` and M = `length`."""
         trajectory = self.members[expert].trajectory
-        return [flat(trajectory[t]).to(device) for t in (epoch, epoch + length)]
+        return utils.send([flat(trajectory[t]) for t in (epoch, epoch + length)], device)
 
 
 def flat(snapshot):

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -238,6 +239,7 @@ class Augment:
     side: int  # of what the network sees, in pixels
     groups: tuple = ()  # of GROUPS, one of which is drawn per batch; none: no augmentation
     windows: int = 0  # texture: windows cut from each canvas; 0: images are taken whole
+    apply: Callable = apply_group
 
     def draw(self, indices, generator):
         """A `Batch` of the images `indices` (B,)."""
@@ -255,7 +257,7 @@ class Augment:
         if batch.offsets:
             x, y = self.cut_windows(x, y, batch.offsets)
         if batch.group:
-            x = apply_group(x, batch.group, batch.parameters)
+            x = self.apply(x, batch.group, batch.parameters)
         return x, y
 
     def cut_windows(self, x, y, offsets):
@@ -295,7 +297,7 @@ def send(tensors, device):
     # Larger types come first, so that each part begins at a multiple of its type's size.
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     packed = torch.cat([tensors[i].reshape(-1).view(torch.uint8) for i in order])
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         packed = packed.pin_memory()  # what is not pinned would be waited for
     parts = packed.to(device, non_blocking=True).split([tensors[i].nbytes for i in order])
     sent = dict(zip(order, parts))

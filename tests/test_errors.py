@@ -84,7 +84,7 @@ COUNTS = {  # flags that count something, and their scripts
 NUMBERS = {
     BOTH: ["--lr_teacher"],
     (EXPERTS,): ["--l2", "--mom"],
-    (DISTILLATION,): ["--lr_img", "--lr_lr"],
+    (DISTILLATION,): ["--lr_img", "--lr_lr", "--unroll_memory"],
 }
 SWITCHES = {
     BOTH: ["--dsa", "--zca", "--amp", "--compile"],

@@ -40,7 +40,9 @@ def test_each_expert_has_a_file_and_a_record_numbered_by_its_seed(specks_buffers
 def test_a_line_tells_what_each_expert_has_reached(run_here, specks_experts, tmp_path):
     flags = [*specks_experts, f"--buffer_path={tmp_path}", "--num_experts=2"]
     done = run_here(SCRIPT, *flags, cwd=tmp_path)
-    assert done.stdout.startswith("28 training, 8 validation, 4 test images of 2 classes; 0 of 2 ")
+    device, data, *_ = done.stdout.splitlines()
+    assert device == "CPU, threads: 1, float32"
+    assert data.startswith("28 training, 8 validation, 4 test images of 2 classes; 0 of 2 ")
     lines = [line for line in done.stdout.splitlines() if line.startswith("expert ")]
     assert len(lines) == 2
     for number, line in enumerate(lines):

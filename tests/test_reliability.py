@@ -214,7 +214,7 @@ def test_other_settings_are_not_resumed_and_each_is_named(start, specks_run, und
     flags = [flag for flag in specks_run if not flag.startswith("--run_name")]
     process = start(DISTILLATION, *flags, how, "--lr_img=3", "--syn_steps=1", cwd=undisturbed)
     assert process.wait() == 2
-    (line,) = process.output().splitlines()
+    *_, line = process.output().splitlines()
     assert ": lr_img=1000.0 (here 3.0), syn_steps=2 (here 1). Use the same, or another" in line
     assert "--run_name" in line
 
@@ -230,7 +230,7 @@ def test_a_run_does_not_continue_with_other_experts(
     (folder_with(copy) / "replay_buffer_1.pt").unlink()
     process = start(DISTILLATION, *specks_run, f"--buffer_path={copy}", cwd=tmp_path)
     assert process.wait() == 2
-    (line,) = process.output().splitlines()
+    *_, line = process.output().splitlines()
     assert "was started with other experts" in line and "--buffer_path" in line
 
 
@@ -470,7 +470,7 @@ def test_a_read_only_folder_is_named_before_any_training(
     for script, *flags in commands:
         process = start(script, *flags, folder, cwd=tmp_path)
         assert process.wait() == 2
-        (line,) = process.output().splitlines()
+        *_, line = process.output().splitlines()
         assert line.startswith(f"{script}: error: ") and str(folder) in line
 
 
@@ -546,7 +546,7 @@ def test_a_damaged_trajectory_file_is_named_or_left_out(
     flags = [*specks_run, f"--buffer_path={copy}", "--Iteration=0"]
     process = start(DISTILLATION, *flags, cwd=tmp_path)
     assert process.wait() == 2
-    (line,) = process.output().splitlines()
+    *_, line = process.output().splitlines()
     for words in (str(path), part, "--skip_damaged", "expert_trajectories.py"):
         assert words in line
     out = finish(DISTILLATION, *flags, "--skip_damaged", cwd=tmp_path, curves=False)

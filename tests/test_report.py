@@ -30,7 +30,8 @@ def evaluations(*tests, val=True):
 def run(tmp_path):
     """As much of a run, its inputs and its state as reports look at."""
     losses = [0.9, 0.8]
-    settings = {"dataset": "Toy", "model": "MLP", "ipc": 2, "seed": 0, "Iteration": len(losses)}
+    settings = {"dataset": "Toy", "model": "MLP", "ipc": 2, "seed": 0, "amp": False}
+    settings["Iteration"] = len(losses)
     run = SimpleNamespace(folder=tmp_path / "run", settings=settings)
     run.dashboard = SimpleNamespace(where_to_look=lambda instead: f"no wandb, {instead}")
     data = SimpleNamespace(train=(None, torch.arange(9)), classes=NAMES, zca=None, settings={})
@@ -170,12 +171,13 @@ def test_results_are_json_with_every_number(run):
     run, inputs, state = run
     report.save_results(run, inputs, state)
     content = report.files.read_json(
-        run.folder / "results.json", evaluations=list, random_real=list, settings=dict
+        run.folder / "results.json", evaluations=list, random_real=list, settings=dict, device=str
     )
     assert [row["iteration"] for row in content["evaluations"]] == [0, 1, 2]
     assert content["evaluations"][1]["scores"]["MLP"]["test"] == [0.5, 0.7]
     assert content["random_real"][0]["scores"]["MLP"]["val"] == [0.3, 0.3]
     assert content["settings"] == run.settings
+    assert content["device"] == process.describe(torch.device("cpu"), amp=False)
 
 
 # --------------------------------------------------------------------------------------------------
