@@ -213,10 +213,10 @@ def student_augment(args, form, apply=utils.apply_group):
 
 def make_unroll(args, inputs, make_batch):
     """The engine that --unroll names."""
-    compiler = inputs.compiler
     memory = process.activation_memory(args.unroll_memory, inputs.data.train[0].device)
-    engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, memory)
-    return compiler.retrying(engine)
+    compile = inputs.compiler.function
+    engine = UNROLLS[args.unroll](inputs.student, make_batch, compile, memory)
+    return inputs.compiler.retrying(engine)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,6 +237,7 @@ class State:
     def __init__(self, args, data: Data):
         """Where a run starts."""
         device = data.train[0].device
+        # One stream for images, segments and batches: a checkpoint keeps where it stands.
         self.random = utils.make_generator("distillation", args.seed)
         canvas_size = args.canvas_size if args.texture else 1
         images, labels = initial_images(data, args.ipc, args.pix_init, canvas_size, self.random)
@@ -319,10 +320,7 @@ class State:
 
 
 def first_fault(loss, alpha, finite):
-    """What went wrong in an iteration, and what may help; None: nothing.
-
-    `finite` says of other values, by name, whether they are.
-    """
+    """What went wrong in an iteration, and what may help; `finite` is by name. None: nothing."""
     faults = [] if math.isfinite(loss) else ["loss is not finite"]
     faults += [f"{name} is not finite" for name, is_finite in finite.items() if not is_finite]
     if not 0 < alpha < math.inf:
@@ -451,6 +449,7 @@ def main():
                     report.save_curves(run, state)
                 log |= report.evaluation_log(run, data, state, args.force_save)
             run.dashboard.log(log, step=it)
+            # After the files of an evaluation: what is killed in between is evaluated once more.
             if due or it % args.checkpoint_every == 0:
                 state.save(run.folder / CHECKPOINT)
             if it == args.Iteration:
@@ -460,6 +459,7 @@ def main():
             begin = time.perf_counter()
             expert = int(torch.randint(len(experts.members), (1,), generator=state.random))
             start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=state.random))
+            # θ*_t and θ*_{t+M}, (P,) each
             segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
             drawn = utils.draw_batches(num_syn, batch_syn, args.syn_steps, augment, state.random)
             batches = utils.to_device(drawn, device)
@@ -480,7 +480,7 @@ def main():
             run.dashboard.log(log, step=it)
             status = f"loss {loss:.4f}, α {alpha:.5f}, best {state.evaluations.best_accuracy:.1%}"
             bar.set_postfix_str(status, refresh=False)
-            if line_due.due():
+            if line_due.due():  # for logs, where there is no bar
                 process.log_line(f"iteration {it + 1} of {args.Iteration}: {status}")
 
         # How much of the gain is due to the learned step size: real images at that α, too.

@@ -93,7 +93,7 @@ def train_expert(args, data, compiler, seed, dashboard):
                 f"--mom={args.mom}"
             )
         for curve, value in zip(curves.values(), (loss, accuracy, test_accuracy)):
-            curve.append(round(float(value), 6))
+            curve.append(round(float(value), 6))  # waits for the device, once per epoch
         latest = {key.title(): curve[-1] for key, curve in curves.items()}
         dashboard.log({"Epoch": epoch} | latest, step=epoch)
         # MTT counts epochs from 0: after its epoch `epochs // 2 + 1`, a fresh optimiser.
@@ -213,7 +213,7 @@ def main():
             if seed is None:
                 break
             number = seed - args.seed
-            page = {
+            page = {  # on wandb, one for each expert
                 "name": f"expert {number}",
                 "config": settings | training | {"expert": number},
                 "group": f"experts {folder.parent.name}/{args.model}",
@@ -221,7 +221,7 @@ def main():
             dashboard = report.Dashboard(folder, "Epoch", **wandb_flags(args), **page)
             start = time.time()
             trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
-            seconds = round(time.time() - start, 1)
+            seconds = round(time.time() - start, 1)  # without loading the data, which all share
             dashboard.finish()
             where = dashboard.where_to_look("the .json of each trajectory file has the curves")
 
