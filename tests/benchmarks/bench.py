@@ -193,12 +193,13 @@ def measure_counts(device, model, ipc, precision):
     """Floating-point operations and bytes of products in a step of the student, by engine."""
     inputs = make_inputs(model, ipc, device)
     counts = {}
-    for unroll in UNROLLS:
+    for name, (unroll, memory) in ENGINES.items():
         images, syn_lr = inputs.leaves()
-        engine = UNROLLS[unroll](make_student(model, precision, device))
+        student = make_student(model, precision, device)
+        engine = UNROLLS[unroll](student, memory=process.activation_memory(memory, device))
         with Products() as products:
             engine(*inputs.segment(device), images, syn_lr, [(images, inputs.labels)])
-        counts[unroll] = {"flop": products.flop, "bytes": products.bytes}
+        counts[name] = {"flop": products.flop, "bytes": products.bytes}
     return counts
 
 
