@@ -105,7 +105,7 @@ def test_the_adjoint_is_close_to_autograd_in_lower_precision(name, compile, amp,
 def test_memory_of_the_adjoint_grows_only_by_parameters_and_augmented_images():
     """Ten steps and eighty."""
     usual = {"what": "iteration", "device": "cpu", "model": "ConvNetW32", "ipc": 1}
-    usual |= {"precision": "float32", "compile": False, "repeat": 0}
+    usual |= {"precision": "float32", "compile": False, "repeat": 0, "memory": 0.0}
     script = ROOT / "tests" / "benchmarks" / "bench.py"
 
     def peak(times, **more):
