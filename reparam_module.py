@@ -70,7 +70,10 @@ class ReparamModule(nn.Module):
         parts = flat_params.to(dtype).split(self.sizes)
         parts = [part.view(shape) for part, shape in zip(parts, self.shapes)]
         parameters = dict(zip(self.names, parts))
-        return functional_call(self.network, parameters, (x.to(dtype),)).to(x.dtype)
+        images = x.to(dtype)
+        if torch.compiler.is_compiling():  # which makes this layout the faster one
+            images = images.contiguous(memory_format=torch.channels_last)
+        return functional_call(self.network, parameters, (images,)).to(x.dtype)
 
 
 def as_they_are(image_syn, batch):

@@ -137,10 +137,33 @@ def test_mtts_own_script_is_run_and_its_iterations_and_one_evaluation_are_timed(
     for name, text in CHECKOUT.items():
         (tmp_path / name).write_text(text)
     args = bench.parse_args([*FEW, f"--peer={tmp_path}"])
-    row = bench.measure_mtt(args, steps=20)
-    assert len(row["seconds"]) == 2 and row["peak"] > 1e8
+    arguments = {"model": args.model, "ipc": 1, "unroll": "adjoint", "memory": None}
+    arguments |= {"device": "cpu", "precision": "float32", "compile": False}
+    row, ours = bench.measure_beside_mtt(args, 2, **arguments)
+    assert len(row["seconds"]) == len(ours["seconds"]) == 2
+    assert row["peak"] > 1e8 and ours["peak"] > 1e8
     assert all(0.1 <= seconds < 5 for seconds in (row["first"], *row["seconds"]))
     assert 0.2 <= 3 * row["evaluation"] < 5  # epochs, and one that MTT adds
+
+
+def test_commands_take_turns_and_one_that_fails_ends_all(bench):
+    script = """
+import json, sys, time
+log = []
+for _ in range(3):
+    sys.stdin.readline()
+    log.append(time.time())
+    time.sleep(0.05)
+    log.append(time.time())
+    print(flush=True)
+print(json.dumps(log))
+"""
+    logs = bench.last_lines([[sys.executable, "-c", script]] * 2, turns=3)
+    first, second = (zip(log[::2], log[1::2]) for log in logs)
+    times = [time for both in zip(first, second) for turn in both for time in turn]
+    assert times == sorted(times)
+    with pytest.raises(SystemExit, match="no such luck"):
+        bench.last_lines([[sys.executable, "-c", "raise ValueError('no such luck')"]], turns=2)
 
 
 def test_rows_are_compared_with_those_of_mtt_with_as_many_steps(bench, capsys):

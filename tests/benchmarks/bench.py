@@ -3,16 +3,18 @@
     make bench PEER=MTT        # or: python tests/benchmarks/bench.py --peer MTT
 
 takes about 25 minutes on 2 CPU cores. MTT is a checkout of
-github.com/GeorgeCazenavette/mtt-distillation; without one, its rows are left out. Rows are measured
-one after the other, each in a process of its own, on the same random images and segment. Prints a
-table, and writes it with all single times to a JSON file.
+github.com/GeorgeCazenavette/mtt-distillation; without one, its row is left out. Each row is
+measured in a process of its own, on the same random images and segment. MTT and the first engine
+take their iterations in turns, since a machine's speed may change within minutes. Prints a table,
+and writes it with all single times to a JSON file.
 
-Times are medians of the iterations after the first (of MTT's: after the fourth, since glibc's
-allocator needs some to adapt to the sizes). Peak memory is `torch.cuda.max_memory_allocated` on a
+Times are medians of the iterations after the fourth: glibc's allocator needs some to adapt to the
+sizes, and the first one compiles. Peak memory is `torch.cuda.max_memory_allocated` on a
 GPU, on a CPU the largest resident size of the process, Python and PyTorch included.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -48,6 +50,7 @@ FORM = Form(10, 64)
 AUGMENT = Augment(FORM.im_size, utils.augment_groups(True, utils.DSA_STRATEGY))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPERT_BATCHES = 10  # of 128 images, in an epoch of an expert's training
+WARM_UP = 4  # iterations that do not count
 LR = 0.01
 
 # --------------------------------------------------------------------------------------------------
@@ -135,8 +138,13 @@ def measure_limits(device, precisions, size):
     return rates
 
 
-def measure_iteration(device, model, ipc, unroll, memory, steps, precision, compile, repeat):
-    """Iterations of distillation: batches drawn and augmented, N steps, gradients."""
+def measure_iteration(
+    device, model, ipc, unroll, memory, steps, precision, compile, repeat, turns=False
+):
+    """Iterations of distillation: batches drawn and augmented, N steps, gradients.
+
+    With `turns`, each waits for a line, and prints one when it is done.
+    """
     inputs = make_inputs(model, ipc, device)
     images, syn_lr = inputs.leaves()
     segment = inputs.segment(device)
@@ -150,8 +158,18 @@ def measure_iteration(device, model, ipc, unroll, memory, steps, precision, comp
         batches = utils.draw_batches(len(images), len(images), steps, AUGMENT, random)
         engine(*segment, images, syn_lr, utils.to_device(batches, device))
 
-    first, *others = seconds_of(iterate, device, repeat + 1)
-    return {"seconds": others, "first": first, "peak": process.peak_memory(device)}
+    seconds = []
+    for _ in range(WARM_UP + repeat):
+        if turns:
+            sys.stdin.readline()
+        seconds += seconds_of(iterate, device, 1)
+        if turns:
+            print(flush=True)
+    return iteration_row(seconds, process.peak_memory(device))
+
+
+def iteration_row(seconds, peak):
+    return {"seconds": seconds[WARM_UP:], "first": seconds[0], "peak": peak}
 
 
 def measure_cosine(device, model, ipc, steps, compile):
@@ -270,20 +288,48 @@ def measure(what, device, **arguments):
 
 def child(what, **arguments):
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps({"what": what, **arguments})]
-    return last_line(command)
+    return last_lines([child_command(what, **arguments)])[0]
 
 
-def last_line(command):
-    """What a command prints last, which is JSON."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+def child_command(what, **arguments):
+    return [sys.executable, __file__, "--child", json.dumps({"what": what, **arguments})]
 
 
-def measure_mtt(args, steps):
-    """MTT's own loop (see mtt.py): iterations, and the training of a network for evaluation."""
+def last_lines(commands, turns=0):
+    """What each of some commands prints last, which is JSON.
+
+    They run at a time, and take so many turns: a command reads a line, works, and prints one.
+    """
+    pipe = subprocess.PIPE
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
+            )
+            for command, log in zip(commands, logs)
+        ]
+        for _ in range(turns):
+            for process in processes:
+                with contextlib.suppress(BrokenPipeError):  # it failed: see below
+                    print(file=process.stdin, flush=True)
+                process.stdout.readline()
+        results = []
+        for command, process, log in zip(commands, processes, logs):
+            process.stdin.close()
+            out = process.stdout.read()
+            if process.wait():
+                log.seek(0)
+                sys.exit(f"{' '.join(map(str, command))}\n{log.read()}")
+            results.append(json.loads(out.splitlines()[-1]))
+    return results
+
+
+def measure_beside_mtt(args, steps, **arguments):
+    """MTT's own loop (see mtt.py) and an engine, which take iterations in turns: a row of each.
+
+    MTT's row tells of the training of a network for evaluation, too.
+    """
     inputs = make_inputs(args.model, args.ipc, "cpu")
     with tempfile.TemporaryDirectory() as work:
         buffers = Path(work) / "buffers"
@@ -293,15 +339,17 @@ def measure_mtt(args, steps):
         images = Path(work) / "images.pt"
         torch.save((inputs.images, inputs.labels), images)
         script = Path(__file__).with_name("mtt.py")
+        turns = WARM_UP + args.repeat
         command = [sys.executable, script, Path(args.peer).resolve(), work, images]
         command += ["--dataset=CIFAR10", f"--model={args.model}", f"--ipc={args.ipc}"]
-        command += [f"--syn_steps={steps}", f"--Iteration={args.repeat + 3}"]
+        command += [f"--syn_steps={steps}", f"--Iteration={turns - 1}"]
         command += ["--eval_it=1000000", "--num_eval=1", f"--epoch_eval_train={args.epochs}"]
         command += ["--expert_epochs=1", "--max_start_epoch=1", f"--buffer_path={buffers}"]
-        result = last_line(command)
-    first, _, _, _, *others = result["iterations"]
-    per_epoch = result["evaluation"] / (args.epochs + 1)
-    return {"seconds": others, "first": first, "peak": result["peak"], "evaluation": per_epoch}
+        ours = child_command("iteration", **arguments, steps=steps, repeat=args.repeat, turns=True)
+        theirs, row = last_lines([command, ours], turns)
+    per_epoch = theirs["evaluation"] / (args.epochs + 1)
+    mtt = iteration_row(theirs["iterations"], theirs["peak"]) | {"evaluation": per_epoch}
+    return mtt, row
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,18 +402,28 @@ ENGINES = {
 
 
 def measure_iterations(args, table, common, precisions):
-    """Add a row for each precision, engine and N, as far as memory suffices."""
+    """Add a row for each precision, engine and N, as far as memory suffices, and MTT's."""
+    beside = {}  # what was measured beside MTT
+    if args.peer:
+        steps = 20 if 20 in args.steps else args.steps[-1]
+        options = {"unroll": "adjoint", "memory": None, "precision": "float32"}
+        mtt, row = measure_beside_mtt(args, steps, **common, **options, compile=args.compile)
+        table.add("MTT", "float32", steps, mtt)
+        beside["adjoint", "float32", steps] = row
     available = process.free_memory(torch.device(args.device))
     for precision in precisions:
         for name, (unroll, memory) in ENGINES.items():
             peaks = []
             for steps in args.steps:
-                if len(peaks) > 1 and 3 * peaks[-1] - 2 * peaks[0] > 0.8 * available:
+                options = {"unroll": unroll, "memory": memory, "steps": steps}
+                options |= {"precision": precision, "compile": args.compile}
+                if (name, precision, steps) in beside:
+                    row = beside[name, precision, steps]
+                elif len(peaks) > 1 and 3 * peaks[-1] - 2 * peaks[0] > 0.8 * available:
                     row = {"not measured": "would need more memory than there is"}
                 else:
-                    options = {"unroll": unroll, "memory": memory, "steps": steps}
-                    options |= {"precision": precision, "compile": args.compile}
                     row = child("iteration", **common, **options, repeat=args.repeat)
+                if "peak" in row:
                     peaks.append(row["peak"])
                 table.add(name, precision, steps, row)
 
@@ -379,12 +437,7 @@ def measure_all(args):
     counts = {each: child("counts", **common, precision=each) for each in precisions}
 
     table = Table()
-    mtt_steps = 20 if 20 in args.steps else args.steps[-1]
-    if args.peer:
-        table.add("MTT", "float32", mtt_steps, measure_mtt(args, mtt_steps))
     measure_iterations(args, table, common, precisions)
-    if args.peer:  # whether the machine has become slower or faster
-        table.add("MTT again", "float32", mtt_steps, measure_mtt(args, mtt_steps))
     results = {"limits": limits, "counts": counts, "iterations": table.rows}
 
     if args.amp:

@@ -6,8 +6,9 @@ CHECKOUT is a copy of github.com/GeorgeCazenavette/mtt-distillation. Its `distil
 stands; replaced is only what it reaches outside for: the data set (by the images and labels in
 IMAGES.pt, (N, 3, H, W) and (N,)), wandb (by a clock), a default size of images, and what newer
 versions of SciPy and machines without CUDA lack. Of an evaluation's networks only the first one is
-trained. WORK is the folder that it runs in. Prints one JSON object: seconds of every iteration and
-of the evaluation, and the peak memory in bytes.
+trained. WORK is the folder that it runs in. Waits for a line before each iteration, if stdin is
+open, and prints one after it; last of all a JSON object: seconds of every iteration and of the
+evaluation, and the peak memory in bytes.
 """
 
 import contextlib
@@ -42,9 +43,11 @@ class Clock(types.ModuleType):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if "Synthetic_LR" in values:  # logged behind the evaluation, ahead of the student
+            sys.stdin.readline()
             self.started = time.perf_counter()
         if "Grand_Loss" in values:
             self.seconds.append(time.perf_counter() - self.started)
+            print(file=sys.__stdout__, flush=True)
 
     def finish(self):
         pass
