@@ -151,11 +151,12 @@ def test_commands_take_turns_and_one_that_fails_ends_all(bench):
 import json, sys, time
 log = []
 for _ in range(3):
+    print(flush=True)
     sys.stdin.readline()
     log.append(time.time())
     time.sleep(0.05)
     log.append(time.time())
-    print(flush=True)
+    print("more to say")
 print(json.dumps(log))
 """
     logs = bench.last_lines([[sys.executable, "-c", script]] * 2, turns=3)

@@ -143,7 +143,7 @@ def measure_iteration(
 ):
     """Iterations of distillation: batches drawn and augmented, N steps, gradients.
 
-    With `turns`, each waits for a line, and prints one when it is done.
+    With `turns`, it takes one for each, and one before all, as MTT does for its evaluation.
     """
     inputs = make_inputs(model, ipc, device)
     images, syn_lr = inputs.leaves()
@@ -159,13 +159,19 @@ def measure_iteration(
         engine(*segment, images, syn_lr, utils.to_device(batches, device))
 
     seconds = []
+    if turns:
+        take_turn()
     for _ in range(WARM_UP + repeat):
         if turns:
-            sys.stdin.readline()
+            take_turn()
         seconds += seconds_of(iterate, device, 1)
-        if turns:
-            print(flush=True)
     return iteration_row(seconds, process.peak_memory(device))
+
+
+def take_turn():
+    """Wait, in a process that `last_lines` started, until the others have had their turns."""
+    print(flush=True)
+    sys.stdin.readline()
 
 
 def iteration_row(seconds, peak):
@@ -298,7 +304,8 @@ def child_command(what, **arguments):
 def last_lines(commands, turns=0):
     """What each of some commands prints last, which is JSON.
 
-    They run at a time, and take so many turns: a command reads a line, works, and prints one.
+    They run side by side, and work in turns, so many each: a command prints an empty line and waits
+    for one before each.
     """
     pipe = subprocess.PIPE
     with contextlib.ExitStack() as stack:
@@ -309,20 +316,29 @@ def last_lines(commands, turns=0):
             )
             for command, log in zip(commands, logs)
         ]
+        lines = [lines_until_turn(process) if turns else [] for process in processes]
         for _ in range(turns):
-            for process in processes:
+            for process, said in zip(processes, lines):
                 with contextlib.suppress(BrokenPipeError):  # it failed: see below
                     print(file=process.stdin, flush=True)
-                process.stdout.readline()
-        results = []
-        for command, process, log in zip(commands, processes, logs):
+                said += lines_until_turn(process)
+        for command, process, log, said in zip(commands, processes, logs, lines):
             process.stdin.close()
-            out = process.stdout.read()
+            said += process.stdout.readlines()
             if process.wait():
                 log.seek(0)
                 sys.exit(f"{' '.join(map(str, command))}\n{log.read()}")
-            results.append(json.loads(out.splitlines()[-1]))
-    return results
+    return [json.loads(said[-1]) for said in lines]
+
+
+def lines_until_turn(process):
+    """What a process prints until it waits for its next turn, or ends."""
+    lines = []
+    for line in process.stdout:
+        if not line.strip():
+            break
+        lines.append(line)
+    return lines
 
 
 def measure_beside_mtt(args, steps, **arguments):
@@ -346,7 +362,7 @@ def measure_beside_mtt(args, steps, **arguments):
         command += ["--eval_it=1000000", "--num_eval=1", f"--epoch_eval_train={args.epochs}"]
         command += ["--expert_epochs=1", "--max_start_epoch=1", f"--buffer_path={buffers}"]
         ours = child_command("iteration", **arguments, steps=steps, repeat=args.repeat, turns=True)
-        theirs, row = last_lines([command, ours], turns)
+        theirs, row = last_lines([command, ours], turns + 1)
     per_epoch = theirs["evaluation"] / (args.epochs + 1)
     mtt = iteration_row(theirs["iterations"], theirs["peak"]) | {"evaluation": per_epoch}
     return mtt, row

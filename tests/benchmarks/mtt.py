@@ -6,9 +6,9 @@ CHECKOUT is a copy of github.com/GeorgeCazenavette/mtt-distillation. Its `distil
 stands; replaced is only what it reaches outside for: the data set (by the images and labels in
 IMAGES.pt, (N, 3, H, W) and (N,)), wandb (by a clock), a default size of images, and what newer
 versions of SciPy and machines without CUDA lack. Of an evaluation's networks only the first one is
-trained. WORK is the folder that it runs in. Waits for a line before each iteration, if stdin is
-open, and prints one after it; last of all a JSON object: seconds of every iteration and of the
-evaluation, and the peak memory in bytes.
+trained. WORK is the folder that it runs in. Takes a turn, as bench.py says, for the evaluation and
+for each iteration. Prints a JSON object: seconds of every iteration and of the evaluation, and the
+peak memory in bytes.
 """
 
 import contextlib
@@ -43,14 +43,18 @@ class Clock(types.ModuleType):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if "Synthetic_LR" in values:  # logged behind the evaluation, ahead of the student
-            sys.stdin.readline()
+            take_turn()
             self.started = time.perf_counter()
         if "Grand_Loss" in values:
             self.seconds.append(time.perf_counter() - self.started)
-            print(file=sys.__stdout__, flush=True)
 
     def finish(self):
         pass
+
+
+def take_turn():
+    print(file=sys.__stdout__, flush=True)
+    sys.stdin.readline()
 
 
 def dataset(images_file):
@@ -100,6 +104,7 @@ def main():
 
     def evaluate_once(*args, **more):
         if not results:
+            take_turn()
             start = time.perf_counter()
             results.append(train(*args, **more))
             seconds.append(time.perf_counter() - start)
