@@ -251,6 +251,13 @@ def run_settings(args):
         left_out |= {"dsa_strategy"}
     if not args.texture:
         left_out |= {"canvas_size", "canvas_samples"}
+    objective = getattr(args, "objective", None)  # experts have none
+    if objective == "trajectory":
+        left_out |= {"total_steps", "batch_objective"}
+    if objective == "loss":
+        left_out |= {"expert_epochs", "max_start_epoch"}
+    if objective and args.labels != "learned":
+        left_out |= {"lr_labels"}
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 

@@ -4,7 +4,8 @@
         --max_start_epoch=5 --zca --lr_img=1000 --lr_lr=1e-05 --lr_teacher=0.01 \
         --buffer_path=BUF --data_path=DATA
 
-needs the experts of `expert_trajectories.py` with the same --dataset, --model and --zca. Every
+needs the experts of `expert_trajectories.py` with the same --dataset, --model and --zca; with
+--objective=loss and hard labels it needs none. Every
 --eval_it iterations it trains fresh networks on the synthetic images and tests them on real ones.
 It logs to Weights & Biases and writes to logged_files/DATASET/RUN: images, labels and step size as
 tensors, pictures, an animation, and results.json.
@@ -12,14 +13,11 @@ tensors, pictures, an animation, and results.json.
 On two cores of an AMD EPYC, 5000 iterations of ConvNetW32, evaluated every 500, take 1.7 hours.
 """
 
-import math
 import time
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 import cli
 import datasets
@@ -32,10 +30,11 @@ import utils
 from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
 from compilation import Compiler
 from evaluation import EVAL_POOLS, Evaluator, evaluate_real
-from preprocessing import Data, initial_images
+from objectives import MatchTrajectory, RealLoss, real_loss
+from preprocessing import Data
 from process import ReportedError, Stopped, stop
 from reparam_module import UNROLLS, ReparamModule
-from scores import Evaluations, from_json, to_json
+from state import IMAGE_OPTIMIZERS, State
 from trajectories import Experts
 from utils import Augment
 
@@ -56,10 +55,18 @@ def add_flags(parser):
     add = parser.topic("distillation")
     add("--ipc", count, 1, "N", "synthetic images per class")
     add("--Iteration", number(int, 0), 5000, "N", "distillation iterations")
-    add("--lr_img", not_negative, 1000.0, "RATE", "learning rate of the images")
+    goals = "what a student is for: to follow an expert's trajectory (MTT), or a low loss on real "
+    goals += "images (RaT-BPTT), which needs no experts"
+    add("--objective", choice(("trajectory", "loss")), "trajectory", "trajectory|loss", goals)
+    add("--optimizer_img", choice(IMAGE_OPTIMIZERS), "sgd", "sgd|adam", "optimiser of the images")
+    rates = "learning rate of the images (default: 1000, with adam 0.01)"
+    add("--lr_img", not_negative, None, "RATE", rates)
     add("--lr_lr", not_negative, 1e-5, "RATE", "learning rate of the step size α")
     add("--expert_epochs", count, 3, "M", "expert epochs that the student must match")
-    add("--syn_steps", count, 20, "N", "the student's steps on synthetic images")
+    add("--syn_steps", count, 20, "N", "steps on synthetic images that are differentiated")
+    window = "loss: steps in all, of which N at a random place are differentiated (default: N)"
+    add("--total_steps", count, None, "T", window)
+    add("--batch_objective", count, 512, "IMAGES", "loss: real images per iteration")
     add("--max_start_epoch", count, 25, "T⁺", "segments start at an expert's epoch below this one")
     add("--batch_syn", count, None, "IMAGES", "synthetic images per step (default: all of them)")
     engines = "gradients by adjoint, in memory that hardly grows with N, or autograd, as in MTT"
@@ -67,6 +74,15 @@ def add_flags(parser):
     memory = "for activations that need not be computed twice (default: 1/8 of what is free)"
     add("--unroll_memory", not_negative, None, "GB", memory)
     add("--pix_init", choice(("real", "noise")), "real", "real|noise", "what the images start from")
+    kinds = "classes; the experts' probabilities; or these, learned"
+    add(
+        "--labels",
+        choice(("hard", "soft", "learned")),
+        "hard",
+        "KIND",
+        f"hard|soft|learned: {kinds}",
+    )
+    add("--lr_labels", not_negative, 5.0, "RATE", "learning rate of learned labels (logits)")
     add("--no_aug", boolean, False, "BOOL", "no augmentation while distilling")
     add("--texture", boolean, False, "BOOL", "learn canvases, cut random windows; not with --zca")
     add("--canvas_size", count, 2, "IMAGES", "with --texture: side of a canvas")
@@ -118,6 +134,16 @@ def parse_args():
     elif what == "full":
         saved = {"epoch_eval_train": 50}  # of real images, an epoch has far more steps
     args = parser.complete(preset, saved, given)
+    if args.lr_img is None:
+        args.lr_img = {"sgd": 1000.0, "adam": 0.01}[args.optimizer_img]
+    if args.total_steps is None:
+        args.total_steps = args.syn_steps
+    if args.total_steps < args.syn_steps:
+        reason = f"lower than --syn_steps={args.syn_steps}, which are a part of them"
+        parser.error(f"--total_steps={args.total_steps} is {reason}")
+    if args.labels != "hard" and args.texture:
+        reason = "experts take no canvases; leave one out"
+        parser.error(f"--labels={args.labels} and --texture exclude each other: {reason}")
     if args.zca and args.texture:
         reason = "whitening is fitted to whole images; leave one out"
         parser.error(f"--zca and --texture exclude each other: {reason}")
@@ -161,13 +187,7 @@ def load_inputs(args):
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
 
     # Seconds: memory-mapped, of which only the segments that can be drawn are read.
-    folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
-    experts = trajectories.load_experts(
-        folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
-    )
-    experts.check_epochs(args.max_start_epoch, args.expert_epochs)
-    experts.check_settings({"val_fraction": args.val_fraction})
-    experts = experts.check_segments(args.max_start_epoch, args.expert_epochs, args.skip_damaged)
+    experts = load_experts(args, student)
 
     # Minutes, where images are whitened for the first time.
     print(process.describe(device, compiler.amp), flush=True)
@@ -178,6 +198,22 @@ def load_inputs(args):
     real_sets = evaluation.random_real_sets(data, args.ipc, args.num_eval, args.seed)
     evaluator = evaluation.make_evaluator(args, data, pool, compiler)
     return Inputs(data, experts, student, real_sets, evaluator, compiler)
+
+
+def load_experts(args, student):
+    """The experts that the objective or the labels come from; none where neither does."""
+    if args.objective == "loss" and args.labels == "hard":
+        return Experts([])
+    folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
+    experts = trajectories.load_experts(
+        folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
+    )
+    experts.check_settings({"val_fraction": args.val_fraction})
+    if args.objective == "trajectory":
+        segments = args.max_start_epoch, args.expert_epochs
+        experts.check_epochs(*segments)
+        experts = experts.check_segments(*segments, args.skip_damaged)
+    return experts
 
 
 def batch_syn_of(args, form):
@@ -216,120 +252,26 @@ def make_unroll(args, inputs, make_batch):
     memory = process.activation_memory(args.unroll_memory, inputs.data.train[0].device)
     compile = inputs.compiler.function
     engine = UNROLLS[args.unroll](inputs.student, make_batch, compile, memory)
-    return inputs.compiler.retrying(engine)
+    engine.advance = inputs.compiler.retrying(engine.advance)
+    return engine
 
 
-# --------------------------------------------------------------------------------------------------
-# What a run changes: synthetic images, α, and what is known of them
-
-
-class State:
-    """All that changes in a run, and that a checkpoint keeps.
-
-    image_syn, label_syn  synthetic images (K, 3, S, S), and their labels (K,)
-    syn_lr                α, a scalar; alpha: its value
-    random                the generator of all draws but those of evaluations
-    losses                matching loss of each iteration so far
-    evaluations           of the synthetic images
-    baselines             evaluations of random real images, at the initial α and at the best one
-    """
-
-    def __init__(self, args, data: Data):
-        """Where a run starts."""
-        device = data.train[0].device
-        # One stream for images, segments and batches: a checkpoint keeps where it stands.
-        self.random = utils.make_generator("distillation", args.seed)
-        canvas_size = args.canvas_size if args.texture else 1
-        images, labels = initial_images(data, args.ipc, args.pix_init, canvas_size, self.random)
-        self.image_syn = images.to(device).requires_grad_(True)
-        self.label_syn = labels.to(device)
-        self.syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # ()
-        self.alpha = self.syn_lr.item()
-        # One optimiser with two rates does what MTT's two do.
-        groups = [
-            {"params": [self.image_syn], "lr": args.lr_img},
-            {"params": [self.syn_lr], "lr": args.lr_lr},
-        ]
-        self.optimizer = torch.optim.SGD(groups, momentum=0.5)
-        self.losses = []
-        self.evaluations = Evaluations()
-        self.baselines = []
-        self.seconds_before = 0.0  # of the processes that this one resumes
-        self.start = time.time()
-        self.finished = False
-
-    @property
-    def seconds(self):
-        return self.seconds_before + time.time() - self.start
-
-    def step(self, loss, grad_image, grad_lr):
-        """Move images and α along the gradients of this loss.
-
-        Returns what is not finite, or α that is not positive, as text; None: all is well.
-        """
-        self.image_syn.grad = grad_image  # (K, 3, S, S)
-        self.syn_lr.grad = grad_lr  # ()
-        self.optimizer.step()
-        checked = {"∂L/∂images": grad_image, "∂L/∂α": grad_lr, "images": self.image_syn}
-        finite = [tensor.isfinite().all() for tensor in checked.values()]
-        # All that is to be known of an iteration comes by one transfer: it waits for the device.
-        values = [loss, self.syn_lr.detach(), *(flag.to(loss.dtype) for flag in finite)]
-        loss, self.alpha, *finite = torch.stack(values).tolist()
-        self.losses.append(loss)
-        return first_fault(loss, self.alpha, dict(zip(checked, finite)))
-
-    def save(self, path):
-        content = {
-            "images": self.image_syn.detach(),
-            "labels": self.label_syn,
-            "syn_lr": self.syn_lr.detach(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": self.random.get_state(),
-            "losses": self.losses,
-            "evaluations": to_json(self.evaluations.rows),
-            "baselines": to_json(self.baselines),
-            "seconds": self.seconds,
-            "finished": self.finished,
-        }
-        files.write_tensors(path, content)
-
-    @torch.no_grad()
-    def load(self, path):
-        """Go back to what `save` wrote, if it did. Raises ReportedError for a damaged file."""
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            # Copied in place: the optimiser refers to these tensors.
-            self.image_syn.copy_(content["images"])
-            self.label_syn.copy_(content["labels"])
-            self.syn_lr.copy_(content["syn_lr"])
-            self.alpha = self.syn_lr.item()
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.random.set_state(content["random"])
-            self.losses = content["losses"]
-            self.evaluations = Evaluations(from_json(content["evaluations"]))
-            self.baselines = from_json(content["baselines"])
-            self.seconds_before = content["seconds"]
-            self.finished = content["finished"]
-        except FileNotFoundError:
-            pass  # a new run
-        except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
-            raise ReportedError(
-                f"{path} is damaged ({process.first_line(error)}): remove it, and the run starts "
-                "from scratch"
-            ) from None
-
-
-def first_fault(loss, alpha, finite):
-    """What went wrong in an iteration, and what may help; `finite` is by name. None: nothing."""
-    faults = [] if math.isfinite(loss) else ["loss is not finite"]
-    faults += [f"{name} is not finite" for name, is_finite in finite.items() if not is_finite]
-    if not 0 < alpha < math.inf:
-        faults.append("α is not positive")
-    if not faults:
-        return None
-    return (
-        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps; the "
-        "checkpoint before it is kept"
+def make_objective(args, inputs):
+    """What --objective names."""
+    device = inputs.data.train[0].device
+    if args.objective == "trajectory":
+        experts = inputs.experts
+        if args.load_all:  # otherwise each segment is read from the disk, 3 MB of ConvNet
+            experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
+        return MatchTrajectory(experts, args.max_start_epoch, args.expert_epochs, device)
+    return RealLoss(
+        model=args.model,
+        data=inputs.data,
+        augment=replace(inputs.evaluator.augment, windows=0),
+        batch=args.batch_objective,
+        total_steps=args.total_steps,
+        syn_steps=args.syn_steps,
+        loss=inputs.compiler.function(real_loss(inputs.student)),
     )
 
 
@@ -357,7 +299,7 @@ def open_run(args, inputs, state):
         "amp": inputs.compiler.amp,
         "batch_syn": batch_syn_of(args, inputs.data.form),
         "data": inputs.data.settings["digest"],
-        "experts": inputs.experts.digest(),
+        "experts": inputs.experts.digest() if inputs.experts.members else None,
     }
     folder = args.log_dir / args.dataset / (args.run_name or cli.default_name(settings))
     if args.resume:
@@ -410,12 +352,15 @@ def main():
 
     # Everything that can be refused is, before anything is written.
     inputs = load_inputs(args)
-    data, experts, evaluator = inputs.data, inputs.experts, inputs.evaluator
+    data, evaluator = inputs.data, inputs.evaluator
     device = data.train[0].device
     state = State(args, data)
+    if args.labels != "hard":
+        logits = inputs.experts.logits(inputs.student, state.image_syn.detach())
+        state.soften(logits, args.lr_labels if args.labels == "learned" else None)
     augment = student_augment(args, data.form, inputs.compiler.augmentation(device))
-    make_batch = partial(augment, labels=state.label_syn)
-    unroll = make_unroll(args, inputs, make_batch)
+    unroll = make_unroll(args, inputs, state.batch_maker(augment))
+    objective = make_objective(args, inputs)
     num_syn, batch_syn = len(state.label_syn), batch_syn_of(args, data.form)
     curves_due, line_due = process.Interval(60), process.Interval(60)
 
@@ -424,8 +369,6 @@ def main():
         if state.finished:
             print(report.closing_table(run, inputs, state))
             return
-        if args.load_all:  # otherwise each segment is read from the disk, 3 MB of ConvNet
-            experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
         if not state.baselines:
             alpha = args.lr_teacher
             state.baselines.append(evaluate_real(evaluator, inputs.real_sets, alpha, args.seed))
@@ -440,7 +383,7 @@ def main():
             due = it % args.eval_it == 0 or it == args.Iteration
             if due and not state.evaluations.has(it):  # as after a kill before the update
                 images = state.image_syn.detach()
-                scores = evaluator(images, state.label_syn, alpha, (args.seed, it))
+                scores = evaluator(images, state.labels, alpha, (args.seed, it))
                 state.evaluations.add(scores, alpha, state.losses, state.seconds)
                 process.write_line(report.evaluation_lines(state.evaluations.rows[-1]))
                 report.save_images(run, data, state)
@@ -455,28 +398,28 @@ def main():
             if it == args.Iteration:
                 break
 
-            # Draw a segment of an expert, and the batches that the student sees on its way.
+            # Draw where the student starts and what it is to reach, and the batches on its way.
             begin = time.perf_counter()
-            expert = int(torch.randint(len(experts.members), (1,), generator=state.random))
-            start_epoch = int(torch.randint(args.max_start_epoch, (1,), generator=state.random))
-            # θ*_t and θ*_{t+M}, (P,) each
-            segment = experts.segment(expert, start_epoch, args.expert_epochs, device)
-            drawn = utils.draw_batches(num_syn, batch_syn, args.syn_steps, augment, state.random)
-            batches = utils.to_device(drawn, device)
+            task = objective.draw(state.random)
+            steps = task.steps_before + args.syn_steps
+            drawn = utils.draw_batches(num_syn, batch_syn, steps, augment, state.random)
+            drawn = utils.to_device(drawn, device)
+            before, batches = drawn[: task.steps_before], drawn[task.steps_before :]
 
-            # Unroll the student from θ*_t, and differentiate its distance to θ*_{t+M}.
-            loss, *gradients = unroll(*segment, state.image_syn, state.syn_lr, batches)
+            # Unroll the student, and differentiate the objective at its end.
+            learned = state.synthetic, state.syn_lr
+            theta = unroll.advance(task.theta, *learned, before)
+            loss, *gradients = unroll(theta, task.objective, *learned, batches)
 
             # Follow the gradients. α may leave the positive numbers, MTT's commonest failure.
             fault = state.step(loss, *gradients)
             loss = state.losses[-1]
             if fault:
-                name = experts.members[expert].name
-                where = f"({name}, start epoch {start_epoch}, matching loss {loss:.4g})"
+                where = f"({task.source}, {objective.name} {loss:.4g})"
                 raise ReportedError(f"diverged at iteration {it} {where}: {fault}")
 
             seconds = time.perf_counter() - begin
-            log = {"Grand_Loss": loss, "Start_Epoch": start_epoch, "Seconds": seconds}
+            log = {objective.log_key: loss, **task.log, "Seconds": seconds}
             run.dashboard.log(log, step=it)
             status = f"loss {loss:.4f}, α {alpha:.5f}, best {state.evaluations.best_accuracy:.1%}"
             bar.set_postfix_str(status, refresh=False)

@@ -71,7 +71,7 @@ class Evaluator:
         """Scores by the network's name.
 
         images  (N, 3, H, H), or (num_eval, N, 3, H, H), a set for each network
-        labels  (N,)
+        labels  classes (N,), or probabilities (N, classes)
         syn_lr  α, the learning rate to train with
         key     of all that is random: initial weights, order of the images, augmentation
         """
@@ -323,7 +323,8 @@ def load_set(what, form):
         size, last = form.im_size, form.num_classes - 1
         raise ReportedError(
             f"--evaluate: {what} holds no synthetic images of these classes: (N, 3, {size}, {size})"
-            f" float32, finite, and labels (N,) int64 from 0 to {last}"
+            f" float32, finite, and labels (N,) int64 from 0 to {last}, or probabilities "
+            f"(N, {last + 1}) float32"
         )
     return images, labels
 
@@ -338,7 +339,12 @@ def is_image_set(images, form):
 
 
 def is_label_set(labels, images, form):
-    if not (isinstance(labels, torch.Tensor) and labels.dtype == torch.int64):
+    if not isinstance(labels, torch.Tensor):
+        return False
+    if labels.dtype == torch.float32:
+        fits = labels.shape == (len(images), form.num_classes) and bool((labels >= 0).all())
+        return fits and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
+    if labels.dtype != torch.int64:
         return False
     return labels.shape == images.shape[:1] and 0 <= labels.min() <= labels.max() < form.num_classes
 
@@ -368,11 +374,14 @@ def export_set(folder, images, labels, syn_lr, data: Data):
             f"--export={folder}: there are images already: remove them, or name another folder"
         )
     pixels = report.clip(data.to_pixels(images))
+    classes = labels if labels.dim() == 1 else labels.argmax(1)
     for label, name in enumerate(data.classes):
-        for number, image in enumerate(pixels[labels == label]):
+        for number, image in enumerate(pixels[classes == label]):
             path = folder / "images" / name / f"{number:04d}.png"
             report.save_picture(path, report.draw_image(image))
-    content = {"image_tensor": images, "hard_labels": labels, "syn_lr": syn_lr}
+    content = {"image_tensor": images, "hard_labels": classes, "syn_lr": syn_lr}
+    if labels.dim() == 2:
+        content["soft_labels"] = labels
     files.write_tensors(folder / "dd_ranking.pt", content)
 
 

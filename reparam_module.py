@@ -1,22 +1,29 @@
-"""A network as a function of one parameter vector, and exact gradients of trajectory matching.
+"""A network as a function of one parameter vector, and exact gradients through its training.
 
 Notation (Cazenavette et al. 2022, section 3, algorithm 1):
 
     θ_i          the student's parameters after i steps, flat, (P,)
-    x_i, y_i     step i's augmented mini-batch of synthetic images, (B, C, H, W), and labels (B,)
-    ℓ(θ, x)      mean cross-entropy of the network with parameters θ on the mini-batch x
+    x_i, y_i     step i's augmented mini-batch of synthetic images, (B, C, H, W), and labels:
+                 classes (B,), or probabilities (B, classes)
+    ℓ(θ, x, y)   mean cross-entropy of the network with parameters θ on a mini-batch
     α            the learnable step size, a scalar
-    θ*_t         an expert's parameters after t epochs
+    L            the objective, a function of θ_N
 
-    θ_0 = θ*_t,   θ_{i+1} = f(θ_i, x_i, α),   f(θ, x, α) = θ − α ∇_θ ℓ(θ, x)
-    L = ‖θ_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖²
+    θ_{i+1} = f(θ_i, x_i, y_i, α),   f(θ, x, y, α) = θ − α ∇_θ ℓ(θ, x, y)
+
+There are two objectives (objectives.py):
+
+    trajectory   L(θ_N) = ‖θ_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖², where θ*_t are an expert's
+                 parameters after t epochs, and θ_0 = θ*_t
+    loss         L(θ_N) = ℓ(θ_N, x, y) on a batch of real images, where θ_0 is what a fresh network
+                 has become by some steps that are not differentiated
 
 `AutogradUnroll` keeps the graph of all N steps, as MTT does. `AdjointUnroll` walks back step by
-step, with the adjoint v_i = ∂L/∂θ_i, from v_N = 2 (θ_N − θ*_{t+M}) / ‖θ*_t − θ*_{t+M}‖². All that
-step i adds are products of v_{i+1} with the Jacobians of f:
+step, with the adjoint v_i = ∂L/∂θ_i, from v_N = ∇L(θ_N). All that step i adds are products of
+v_{i+1} with the Jacobians of f:
 
-    v_i = (∂f/∂θ)ᵀ v_{i+1},   ∂L/∂x_i = (∂f/∂x)ᵀ v_{i+1},   ∂L/∂α = Σ_i (∂f/∂α)ᵀ v_{i+1}
-                                                                             (all at θ_i, x_i, α)
+    v_i = (∂f/∂θ)ᵀ v_{i+1},   ∂L/∂x_i = (∂f/∂x)ᵀ v_{i+1},   ∂L/∂y_i = (∂f/∂y)ᵀ v_{i+1},
+    ∂L/∂α = Σ_i (∂f/∂α)ᵀ v_{i+1}                                   (all at θ_i, x_i, y_i, α)
 
 They take the activations of step i. Those of the last steps are kept, as many as `memory` allows;
 of the earlier ones only θ_i is kept, and the step is taken once more on the way back. In units of a
@@ -25,7 +32,7 @@ unroll, and 12 where they are not. A compiled step keeps little: the results of 
 matrix products, from which the rest follows cheaply.
 
 Both engines take batches as they were drawn, and make (x_i, y_i) of them by a pure function,
-`augment(image_syn, batch)`, which can be computed twice.
+`augment(synthetic, batch)`, which can be computed twice.
 """
 
 import torch
@@ -76,44 +83,18 @@ class ReparamModule(nn.Module):
         return functional_call(self.network, parameters, (images,)).to(x.dtype)
 
 
-def as_they_are(image_syn, batch):
-    """An `augment` for batches (x_i, y_i) that are made already, x_i in `image_syn`'s graph."""
+def as_they_are(synthetic, batch):
+    """An `augment` for batches (x_i, y_i) that are made already, in the graph of `synthetic`."""
     return batch
 
 
-class AutogradUnroll:
-    """The reference: double backward through all N steps, whose graph is kept. Never compiled."""
+class Unroll:
+    """What both engines have in common: a step of the student, and steps without a gradient.
 
-    def __init__(self, student, augment=as_they_are, compile=None, memory=None):
-        self.student = student
-        self.augment = augment
-
-    def __call__(self, theta_start, theta_target, image_syn, syn_lr, batches):
-        """L () and its exact gradients, ∂L/∂image_syn (shaped like `image_syn`) and ∂L/∂α ().
-
-        theta_start   θ*_t, (P,)
-        theta_target  θ*_{t+M}, (P,)
-        image_syn     synthetic images, a leaf tensor with requires_grad
-        syn_lr        α, a scalar leaf tensor with requires_grad
-        batches       N batches, of which `augment(image_syn, batch)` makes (x_i, y_i)
-        """
-        theta = theta_start.detach().requires_grad_(True)
-        for batch in batches:
-            x, y = self.augment(image_syn, batch)
-            loss = F.cross_entropy(self.student(x, theta), y)
-            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-            theta = theta - syn_lr * gradient
-        distance = (theta_start - theta_target).square().sum()
-        matching_loss = (theta - theta_target).square().sum() / distance
-        grad_image, grad_lr = torch.autograd.grad(matching_loss, (image_syn, syn_lr))
-        return matching_loss.detach(), grad_image, grad_lr
-
-
-class AdjointUnroll:
-    """The same gradients, by steps that are pure functions of (θ_i, x_i, y_i, α).
-
-    `compile` makes such a function, from tensors to a tuple of tensors, faster. `memory` is what
-    kept activations may take, in bytes: with 0, memory grows with N only by the θ_i.
+    student    a `ReparamModule`
+    augment    makes (x_i, y_i) of what is learned and of a drawn batch
+    compile    makes a function from tensors to a tuple of tensors faster
+    memory     what kept activations may take, in bytes; with 0, memory grows with N only by the θ_i
     """
 
     def __init__(self, student, augment=as_they_are, compile=lambda function: function, memory=0):
@@ -121,54 +102,96 @@ class AdjointUnroll:
             return F.cross_entropy(student(x, theta), y)
 
         def step(theta, x, y, alpha):
-            """θ_{i+1} = f(θ_i, x_i, α)"""
+            """θ_{i+1} = f(θ_i, x_i, y_i, α)"""
             return (theta - alpha * grad(loss)(theta, x, y),)
 
+        self.student = student
         self.augment = augment
         self.step = compile(step)
         self.memory = memory
         self.bytes_per_step = 0  # what a step's graph keeps; known once one was taken
 
-    def __call__(self, theta_start, theta_target, image_syn, syn_lr, batches):
+    @torch.no_grad()
+    def advance(self, theta, synthetic, syn_lr, batches):
+        """θ (P,) after a step on each of these batches, of which nothing is differentiated."""
+        for batch in batches:
+            torch.compiler.cudagraph_mark_step_begin()
+            (theta,) = self.step(theta, *self.augment(synthetic, batch), syn_lr)
+        return theta
+
+
+class AutogradUnroll(Unroll):
+    """The reference: double backward through all N steps, whose graph is kept. Never compiled."""
+
+    def __call__(self, theta_start, objective, synthetic, syn_lr, batches):
+        """L () and its exact gradients, by each of `synthetic`, and by α ().
+
+        theta_start   θ_0, (P,)
+        objective     L, a differentiable function of θ_N
+        synthetic     what is learned but α: images, and labels if they are; leaf tensors with
+                      requires_grad
+        syn_lr        α, a scalar leaf tensor with requires_grad
+        batches       N batches, of which `augment(synthetic, batch)` makes (x_i, y_i)
+        """
+        theta = theta_start.detach().requires_grad_(True)
+        for batch in batches:
+            x, y = self.augment(synthetic, batch)
+            loss = F.cross_entropy(self.student(x, theta), y)
+            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+            theta = theta - syn_lr * gradient
+        value = objective(theta)
+        return value.detach(), *torch.autograd.grad(value, (*synthetic, syn_lr))
+
+
+class AdjointUnroll(Unroll):
+    """The same gradients, by steps that are pure functions of (θ_i, x_i, y_i, α)."""
+
+    def __call__(self, theta_start, objective, synthetic, syn_lr, batches):
         """The same as for `AutogradUnroll`."""
         # The θ_i are allocated together, before any activation: between these, which come and go,
         # they would fragment the heap.
         thetas = [theta_start.detach().clone() for _ in range(len(batches) + 1)]  # (P,) each
+        learned = (*synthetic, syn_lr)
         kept = {}  # what `take_step` returned, by the number of the step
         for i, batch in enumerate(batches):
-            taken = self.take_step(thetas[i], image_syn, syn_lr, batch, alone=not kept)
+            taken = self.take_step(thetas[i], synthetic, syn_lr, batch, alone=not kept)
             thetas[i + 1].copy_(taken[1].detach())
             self.bytes_per_step = self.bytes_per_step or bytes_of_graph(taken[1])
             if (len(batches) - i) * self.bytes_per_step <= self.memory:
                 kept[i] = taken
             del taken
 
-        distance = (theta_start - theta_target).square().sum()
-        matching_loss = (thetas[-1] - theta_target).square().sum() / distance
-        v = 2 * (thetas[-1] - theta_target) / distance
-        grad_image = torch.zeros_like(image_syn)
-        grad_lr = torch.zeros_like(syn_lr)
+        value, v = value_and_gradient(objective, thetas[-1])
+        gradients = [torch.zeros_like(tensor) for tensor in learned]
         for i, batch in reversed(list(enumerate(batches))):
-            taken = kept.pop(i, None) or self.take_step(thetas[i], image_syn, syn_lr, batch)
+            taken = kept.pop(i, None) or self.take_step(thetas[i], synthetic, syn_lr, batch)
             theta, following = taken
-            # Vector-Jacobian products; the one with x_i goes on to the images that x_i came from.
-            products = torch.autograd.grad(following, (theta, image_syn, syn_lr), v)
-            v = products[0].clone()  # the next replay of a CUDA graph overwrites its results
-            grad_image += products[1]
-            grad_lr += products[2]
+            # Vector-Jacobian products; those with x_i and y_i go on to what these were made of.
+            v, *products = torch.autograd.grad(following, (theta, *learned), v)
+            v = v.clone()  # the next replay of a CUDA graph overwrites its results
+            for gradient, product in zip(gradients, products):
+                gradient += product
             del taken, following  # before the next step's graph is made
-        return matching_loss, grad_image, grad_lr
+        return value, *gradients
 
-    def take_step(self, theta, image_syn, syn_lr, batch, alone=True):
-        """θ_i as a leaf, and θ_{i+1}, whose graph leads to it, to the images and to α.
+    def take_step(self, theta, synthetic, syn_lr, batch, alone=True):
+        """θ_i as a leaf, and θ_{i+1}, whose graph leads to it and to all that is learned.
 
         `alone`: no earlier step's graph is needed any more, so a CUDA graph may use its memory.
         """
         if alone:
             torch.compiler.cudagraph_mark_step_begin()
         theta = theta.detach().requires_grad_(True)
-        x, y = self.augment(image_syn, batch)
+        x, y = self.augment(synthetic, batch)
         return theta, *self.step(theta, x, y, syn_lr)
+
+
+def value_and_gradient(objective, theta):
+    """L(θ) () and ∇L(θ) (P,)."""
+    theta = theta.detach().requires_grad_(True)
+    value = objective(theta)
+    (gradient,) = torch.autograd.grad(value, theta)
+    return value.detach(), gradient
 
 
 def bytes_of_graph(tensor):

@@ -168,13 +168,14 @@ def save_images(run, data, state):
     """A picture of the synthetic images, and where `is_kept`, their tensors."""
     it = len(state.losses)
     images = state.image_syn.detach().cpu()
-    labels = state.label_syn.cpu()
+    labels = state.label_syn.cpu()  # of the classes
     pixels = clip(data.to_pixels(images))
     grid = draw_grid(pixels, labels, f"{run_title(run)}, iteration {it}", data.classes)
     save_picture(run.folder / f"grid_{it:06d}.png", grid)
     if is_kept(run, state):
         # Bare tensors: images_*.pt and labels_*.pt are what MTT's tools read.
-        tensors = {"images": images, "labels": labels, "syn_lr": state.syn_lr.detach().cpu()}
+        syn_lr = state.syn_lr.detach().cpu()
+        tensors = {"images": images, "labels": state.labels.cpu(), "syn_lr": syn_lr}
         if data.zca:
             tensors["images_zca"] = data.to_pixels(images)
         tags = [it, "best"] if state.evaluations.latest_is_best else [it]
@@ -222,7 +223,7 @@ def save_curves(run, state):
     figure.suptitle(f"{run_title(run)}, images per class: {ipc}, seed {seed}")
     accuracy, loss, alpha = figure.subplots(1, 3)
     plot_accuracy(accuracy, rows, state.baselines)
-    plot_loss(loss, state.losses)
+    plot_loss(loss, state.losses, run.settings["objective"])
     alpha.plot([row["iteration"] for row in rows], [row["syn_lr"] for row in rows], marker=".")
     alpha.set(xlabel="iteration", ylabel="α, the learned step size")
     for axis in (accuracy, loss, alpha):
@@ -251,7 +252,7 @@ def plot_accuracy(axis, rows, baselines):
     axis.legend(fontsize="small")
 
 
-def plot_loss(axis, losses):
+def plot_loss(axis, losses, objective):
     window = max(1, len(losses) // 50)
     opacity = 0.3 if window > 1 else 1
     axis.plot(losses, color="C0", alpha=opacity, linewidth=0.8, label="each iteration")
@@ -259,8 +260,10 @@ def plot_loss(axis, losses):
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         middle = np.arange(len(smooth)) + window // 2
         axis.plot(middle, smooth, color="C0", label=f"mean of {window}")
-    axis.axhline(1, color="grey", linestyle=":", label="a student that does not move")
-    axis.set(xlabel="iteration", ylabel="matching loss")
+    if objective == "trajectory":
+        axis.axhline(1, color="grey", linestyle=":", label="a student that does not move")
+    name = {"trajectory": "matching loss", "loss": "loss on real images"}[objective]
+    axis.set(xlabel="iteration", ylabel=name)
     axis.legend(fontsize="small")
 
 

@@ -199,6 +199,15 @@ class Experts:
             moved.append(replace(expert, trajectory=part))
         return Experts(moved)
 
+    @torch.no_grad()
+    def logits(self, student, images):
+        """The mean of all experts' logits (B, classes) on images (B, 3, H, H), by last epochs.
+
+        `student` is a `ReparamModule` of their network.
+        """
+        thetas = (flat(expert.trajectory[-1]).to(images.device) for expert in self.members)
+        return torch.stack([student(images, theta) for theta in thetas]).mean(0)
+
     def segment(self, expert, epoch, length, device):
         """θ*_t and θ*_{t+M} of an expert, each (P,), for t = `epoch` and M = `length`."""
         trajectory = self.members[expert].trajectory

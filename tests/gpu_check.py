@@ -34,6 +34,7 @@ import utils
 from compilation import Compiler
 from evaluation import Evaluator
 from networks import get_network
+from objectives import matching_loss
 from preprocessing import Form, random_real
 from reparam_module import AdjointUnroll, AutogradUnroll, ReparamModule
 from utils import Augment
@@ -95,7 +96,8 @@ def check_unroll(setup):
     images = reference["unroll_images"].to(setup.device).requires_grad_(True)
     syn_lr = torch.tensor(LR, dtype=torch.float64, device=setup.device, requires_grad=True)
     batches = [(images, torch.arange(10, device=setup.device))] * 4
-    computed = AdjointUnroll(student)(start, target, images, syn_lr, batches)
+    objective = matching_loss(start, target)
+    computed = AdjointUnroll(student)(start, objective, (images,), syn_lr, batches)
     errors = {}
     for value, name in zip(computed, ("loss", "grad_images", "grad_lr")):
         expected = reference[f"unroll_{name}"]
@@ -172,13 +174,16 @@ def check_gradients(setup):
     augment = Augment(setup.side, DSA, apply=compiler.augmentation(setup.device))
     random = utils.make_generator("images")
     labels = torch.arange(10, device=setup.device)
-    make_batch = partial(augment, labels=labels)
+
+    def make_batch(synthetic, batch):
+        return augment(*synthetic, batch, labels)
+
     images = torch.randn(10, 3, setup.side, setup.side, generator=random)
     images = images.to(setup.device).requires_grad_(True)
     syn_lr = torch.tensor(LR, device=setup.device, requires_grad=True)
     start = torch.cat([p.detach().flatten() for p in network.parameters()])
     target = start + 0.01 * torch.randn(start.shape, generator=random).to(setup.device)
-    inputs = start, target, images, syn_lr
+    inputs = start, matching_loss(start, target), (images,), syn_lr
 
     batches = utils.draw_batches(10, 10, setup.steps, augment, utils.make_generator("batches"))
     batches = utils.to_device(batches, setup.device)

@@ -6,7 +6,7 @@ their tensors are on one device. What needs the content, as `.item()`, would wai
 
 import collections
 from argparse import Namespace
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,15 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-import distillation
 import evaluation
 import process
 import reparam_module
 import utils
 from compilation import Compiler
 from evaluation import Evaluator
+from objectives import MatchTrajectory, RealLoss, real_loss
 from preprocessing import Data, Form
 from reparam_module import AdjointUnroll, ReparamModule
+from state import State
 from trajectories import Expert, Experts
 from utils import Augment
 
@@ -98,7 +99,8 @@ def pinned(tensor):
 
 def zeros_for_gradients(outputs, inputs, *_, **__):
     """A stand-in for `torch.autograd.grad`, which asks the driver even where tensors are fake."""
-    return tuple(torch.zeros_like(tensor) for tensor in inputs)
+    tensors = (inputs,) if torch.is_tensor(inputs) else inputs
+    return tuple(torch.zeros_like(tensor) for tensor in tensors)
 
 
 def zero_grad_of_leaves(loss, *_, **__):
@@ -188,10 +190,10 @@ def test_a_tensor_on_the_cpu_is_an_error(waits, function):
 # Distillation
 
 
-def initial_state():
-    args = Namespace(seed=0, texture=False, ipc=1, pix_init="noise")
-    rates = Namespace(lr_teacher=0.01, lr_img=1.0, lr_lr=1e-5)
-    return distillation.State(Namespace(**vars(args), **vars(rates)), data_on_gpu())
+def initial_state(objective):
+    kinds = {"objective": objective, "optimizer_img": "sgd", "pix_init": "noise", "texture": False}
+    rates = {"lr_teacher": 0.01, "lr_img": 1.0, "lr_lr": 1e-5}
+    return State(Namespace(seed=0, ipc=1, **kinds, **rates), data_on_gpu())
 
 
 def two_snapshots():
@@ -199,28 +201,41 @@ def two_snapshots():
     return Experts([Expert([snapshot, snapshot], "expert", None)])
 
 
-@pytest.mark.parametrize("load_all", [False, True])
+def make_objective(name, load_all, student, augment):
+    if name == "trajectory":
+        experts = two_snapshots()
+        return MatchTrajectory(experts.on_device(2, CUDA) if load_all else experts, 1, 1, CUDA)
+    augment = replace(augment, windows=0)
+    return RealLoss("ConvNetD1", data_on_gpu(), augment, 4, 5, STEPS, real_loss(student))
+
+
+@pytest.mark.parametrize(
+    "name, load_all", [("trajectory", False), ("trajectory", True), ("loss", False)]
+)
 @pytest.mark.parametrize("memory", [0, float("inf")])
-@pytest.mark.parametrize("windows", [0, 2])
-def test_an_iteration_of_distillation_waits_once(waits, memory, load_all, windows):
-    state, experts = initial_state(), two_snapshots()
-    if load_all:
-        experts = experts.on_device(2, CUDA)
+@pytest.mark.parametrize("windows, learned", [(0, False), (2, False), (0, True)])
+def test_an_iteration_of_distillation_waits_once(waits, memory, name, load_all, windows, learned):
+    state, student = initial_state(name), ReparamModule(fresh_network())
+    if learned:
+        state.soften(torch.zeros(len(state.label_syn), CLASSES).to(CUDA), 1.0)
     augment = Augment(SIDE, DSA, windows)
-    make_batch = partial(augment, labels=state.label_syn)
-    unroll = AdjointUnroll(ReparamModule(fresh_network()), make_batch, memory=memory)
+    objective = make_objective(name, load_all, student, augment)
+    unroll = AdjointUnroll(student, state.batch_maker(augment), memory=memory)
     waits.clear()
 
-    theta_start, theta_target = experts.segment(0, 0, 1, CUDA)
-    batches = utils.draw_batches(len(state.label_syn), CLASSES, STEPS, augment, state.random)
+    task = objective.draw(state.random)
+    steps = task.steps_before + STEPS
+    batches = utils.draw_batches(len(state.label_syn), CLASSES, steps, augment, state.random)
     batches = utils.to_device(batches, CUDA)
     assert not waits
-    loss, *gradients = unroll(theta_start, theta_target, state.image_syn, state.syn_lr, batches)
+    learned = state.synthetic, state.syn_lr
+    theta = unroll.advance(task.theta, *learned, batches[:-STEPS])
+    loss, *gradients = unroll(theta, task.objective, *learned, batches[-STEPS:])
     assert not waits
     state.step(loss, *gradients)
     assert waits == {"tolist": 1}
 
-    assert all(is_cuda(tensor) for tensor in (theta_start, theta_target, loss, *gradients))
+    assert all(is_cuda(tensor) for tensor in (task.theta, theta, loss, *gradients))
     assert is_cuda(state.image_syn) and is_cuda(state.syn_lr)
 
 

@@ -15,8 +15,9 @@ import compilation
 import datasets
 import process
 import utils
-from distillation import first_fault, student_augment
+from distillation import student_augment
 from preprocessing import Form, initial_images
+from state import first_fault
 
 SCRIPT, EXPERTS_SCRIPT = "distillation.py", "expert_trajectories.py"
 MODEL = "ConvNetD1"

@@ -79,12 +79,14 @@ COUNTS = {  # flags that count something, and their scripts
         "--max_files",
         "--max_experts",
         "--checkpoint_every",
+        "--total_steps",
+        "--batch_objective",
     ],
 }
 NUMBERS = {
     BOTH: ["--lr_teacher"],
     (EXPERTS,): ["--l2", "--mom"],
-    (DISTILLATION,): ["--lr_img", "--lr_lr", "--unroll_memory"],
+    (DISTILLATION,): ["--lr_img", "--lr_lr", "--lr_labels", "--unroll_memory"],
 }
 SWITCHES = {
     BOTH: ["--dsa", "--zca", "--amp", "--compile"],
@@ -129,6 +131,14 @@ FLAGS = [  # scripts, flags, what the line must name
     (BOTH, "--model=", ["--model=", "choose from"]),
     (BOTH, "--model=ConvNetD7", ["--model=ConvNetD7", "ConvNetD6"]),
     (DISTILLATION, "--model=ConvNetBN", ["--model=ConvNetBN", "batch normalisation", "instance"]),
+    (DISTILLATION, "--objective=labels", ["--objective", "labels", "trajectory", "loss"]),
+    (DISTILLATION, "--optimizer_img=lion", ["--optimizer_img", "lion", "sgd", "adam"]),
+    (DISTILLATION, "--labels=easy", ["--labels", "easy", "hard", "soft", "learned"]),
+    (
+        DISTILLATION,
+        "--objective=loss --total_steps=3 --syn_steps=4",
+        ["--total_steps=3", "--syn_steps=4"],
+    ),
     (DISTILLATION, "--unroll=tesla", ["--unroll", "tesla", "adjoint", "autograd"]),
     # data
     (BOTH, "--dataset=MNIST", ["--dataset", "MNIST", "EuroSAT", "ToySAT", "CIFAR100"]),
@@ -201,6 +211,7 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--resume=nowhere --run_name=mine", ["--resume", "--run_name", "leave one"]),
     (DISTILLATION, "--resume=nowhere --preset=cifar10-1", ["--resume", "--preset", "leave one"]),
     (DISTILLATION, "--resume=nowhere --log_dir=logs", ["--resume", "--log_dir", "leave one out"]),
+    (DISTILLATION, "--labels=soft --texture", ["--labels=soft", "--texture", "leave one out"]),
     (DISTILLATION, "--zca --texture", ["--zca", "--texture", "leave one out"]),
 ]
 ROWS = [(script, *row) for scripts, *row in FLAGS for script in BOTH if script in scripts]

@@ -106,10 +106,17 @@ def test_the_same_command_ends_bit_for_bit_the_same(finish, specks_run, undistur
     assert all(ours[part] != theirs[part] for part in (0, 1))  # so that equality tells something
 
 
-@pytest.fixture(scope="module")
-def long_run(finish, specks_run, tmp_path_factory):
+KINDS = {
+    "trajectory": [],
+    "loss": ["--objective=loss", "--optimizer_img=adam", "--total_steps=5", "--labels=learned"],
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+def long_run(finish, specks_run, tmp_path_factory, request):
     """Flags of a run with few checkpoints, and the images that it ends with."""
     flags = [*specks_run, "--Iteration=40", "--checkpoint_every=1000", "--eval_it=1000"]
+    flags += request.param
     cwd = tmp_path_factory.mktemp("long_run")
     finish(DISTILLATION, *flags, cwd=cwd, curves=False)
     return flags, torch.load(folder_of(cwd) / "images_40.pt", weights_only=True)

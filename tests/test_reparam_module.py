@@ -2,7 +2,6 @@
 
 import warnings
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 import utils
 from compilation import Compiler
 from networks import ConvNet, get_network
+from objectives import matching_loss
 from preprocessing import Form
 from reparam_module import (
     UNROLLS,
@@ -68,8 +68,13 @@ def match(
     images = images.to(dtype).requires_grad_(True)
     syn_lr = torch.tensor(LR, dtype=dtype, requires_grad=True)
     batches = utils.draw_batches(len(images), batch_syn, steps, augment, seeded(5))
-    unroll = engine(ReparamModule(network.to(dtype)), partial(augment, labels=labels), compile)
-    return unroll(*segment(network, dtype), images, syn_lr, batches)
+    unroll = engine(ReparamModule(network.to(dtype)), batch_maker(augment, labels), compile)
+    start, target = segment(network, dtype)
+    return unroll(start, matching_loss(start, target), (images,), syn_lr, batches)
+
+
+def batch_maker(augment, labels):
+    return lambda synthetic, batch: augment(*synthetic, batch, labels)
 
 
 def cosine(a, b):
@@ -89,7 +94,8 @@ def unroll(golden, request):
     syn_lr = torch.tensor(LR, dtype=torch.float64, requires_grad=True)
     batches = [(images, torch.arange(10))] * STEPS
     unroll = UNROLLS[request.param](student)
-    return reference, unroll(*reference_start(student.num_params), images, syn_lr, batches)
+    start, target = reference_start(student.num_params)
+    return reference, unroll(start, matching_loss(start, target), (images,), syn_lr, batches)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +133,12 @@ def test_gradients_equal_finite_differences_under_augmentation_and_changing_batc
     images = noise(10, 3, 16, 16).double()
     augment = Augment(16, DSA)
     batches = utils.draw_batches(10, 4, 6, augment, seeded(5))
-    unroll = engine(student, partial(augment, labels=torch.arange(10)))
+    unroll = engine(student, batch_maker(augment, torch.arange(10)))
 
     def match(images, syn_lr):
         images = images.detach().requires_grad_(True)
         syn_lr = torch.tensor(float(syn_lr), dtype=torch.float64, requires_grad=True)
-        return unroll(start, target, images, syn_lr, batches)
+        return unroll(start, matching_loss(start, target), (images,), syn_lr, batches)
 
     _, grad_images, grad_lr = match(images, 0.1)
     step = 1e-6
@@ -151,7 +157,9 @@ def test_a_student_that_takes_no_step_toward_the_target_has_loss_one(engine):
     images = noise(10, 3, 16, 16).requires_grad_(True)
     syn_lr = torch.tensor(0.0, requires_grad=True)
     batches = [(images, torch.arange(10))]
-    loss, grad_images, _ = engine(student)(start, start + 1, images, syn_lr, batches)
+    loss, grad_images, _ = engine(student)(
+        start, matching_loss(start, start + 1), (images,), syn_lr, batches
+    )
     assert loss == 1
     assert not grad_images.any()
 
@@ -163,7 +171,9 @@ def test_an_engine_leaves_its_inputs_as_they_are(engine):
     batches = [(images.requires_grad_(True), torch.arange(5))] * 2
     inputs = [*segment(network, torch.float32), images, torch.tensor(LR, requires_grad=True)]
     before = [tensor.detach().clone() for tensor in inputs]
-    engine(ReparamModule(network))(*inputs, batches)
+    start, target, images, syn_lr = inputs
+    unroll = engine(ReparamModule(network))
+    unroll(start, matching_loss(start, target), (images,), syn_lr, batches)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, before))
     assert images.grad is None
 
@@ -186,9 +196,10 @@ def test_the_adjoint_keeps_the_graphs_of_as_many_steps_as_memory_allows(kept):
 
     augment = Augment(16, DSA)
     batches = utils.draw_batches(10, 10, 5, augment, seeded(0))
-    make_batch = partial(augment, labels=torch.arange(10))
+    make_batch = batch_maker(augment, torch.arange(10))
     student = ReparamModule(small(depth=2).double())
-    inputs = *segment(student, torch.float64), images, syn_lr, batches
+    start, target = segment(student, torch.float64)
+    inputs = start, matching_loss(start, target), (images,), syn_lr, batches
     reference = AdjointUnroll(student, make_batch)
     expected = reference(*inputs)
     memory = (kept + 0.5) * reference.bytes_per_step
@@ -294,7 +305,7 @@ def test_bfloat16_gives_nearly_the_same_gradients():
         syn_lr = torch.tensor(0.01, requires_grad=True)
         batches = [(images, torch.arange(10))] * 5
         engine = AdjointUnroll(ReparamModule(network, amp))
-        return engine(start, target, images, syn_lr, batches)
+        return engine(start, matching_loss(start, target), (images,), syn_lr, batches)
 
     loss, images, syn_lr = match(amp=False)
     amp_loss, amp_images, amp_syn_lr = match(amp=True)

@@ -31,7 +31,7 @@ def run(tmp_path):
     """As much of a run, its inputs and its state as reports look at."""
     losses = [0.9, 0.8]
     settings = {"dataset": "Toy", "model": "MLP", "ipc": 2, "seed": 0, "amp": False}
-    settings["Iteration"] = len(losses)
+    settings |= {"objective": "trajectory", "Iteration": len(losses)}
     run = SimpleNamespace(folder=tmp_path / "run", settings=settings)
     run.dashboard = SimpleNamespace(where_to_look=lambda instead: f"no wandb, {instead}")
     data = SimpleNamespace(train=(None, torch.arange(9)), classes=NAMES, zca=None, settings={})
@@ -40,6 +40,7 @@ def run(tmp_path):
     state = SimpleNamespace(
         image_syn=torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
         label_syn=torch.tensor([0, 0, 1, 1]),
+        labels=torch.tensor([0, 0, 1, 1]),
         syn_lr=torch.tensor(0.012),
         losses=losses,
         evaluations=evaluations((0.2, 0.2), (0.5, 0.7), (0.4, 0.4)),

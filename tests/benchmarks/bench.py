@@ -42,6 +42,7 @@ import trajectories
 import utils
 from compilation import Compiler
 from evaluation import Evaluator
+from objectives import matching_loss
 from preprocessing import Data, Form
 from reparam_module import UNROLLS, ReparamModule
 from utils import Augment
@@ -64,14 +65,17 @@ class Inputs(NamedTuple):
     labels: torch.Tensor
     snapshots: list  # of parameters, in `parameters()` order, on the CPU
 
-    def segment(self, device):
-        """θ*_0 and θ*_1."""
-        return [trajectories.flat(snapshot).to(device) for snapshot in self.snapshots[:2]]
+    def of_engine(self):
+        """What an engine takes but batches: θ_0 and the objective, images and α as leaves."""
+        device = self.images.device
+        segment = [trajectories.flat(snapshot).to(device) for snapshot in self.snapshots[:2]]
+        syn_lr = torch.tensor(LR, device=device, requires_grad=True)
+        images = self.images.clone().requires_grad_(True)
+        return segment[0], matching_loss(*segment), (images,), syn_lr
 
-    def leaves(self):
-        """Images and α as leaves, whose gradients an engine computes."""
-        syn_lr = torch.tensor(LR, device=self.images.device, requires_grad=True)
-        return self.images.clone().requires_grad_(True), syn_lr
+    def make_batch(self, synthetic, batch):
+        """An `augment` of engines."""
+        return AUGMENT(*synthetic, batch, self.labels)
 
 
 def make_inputs(model, ipc, device):
@@ -146,17 +150,15 @@ def measure_iteration(
     With `turns`, it takes one for each, and one before all, as MTT does for its evaluation.
     """
     inputs = make_inputs(model, ipc, device)
-    images, syn_lr = inputs.leaves()
-    segment = inputs.segment(device)
-    make_batch = partial(AUGMENT, labels=inputs.labels)
+    of_engine, count = inputs.of_engine(), len(inputs.images)
     student = make_student(model, precision, device)
     memory = process.activation_memory(memory, device)
-    engine = UNROLLS[unroll](student, make_batch, Compiler(compile).function, memory)
+    engine = UNROLLS[unroll](student, inputs.make_batch, Compiler(compile).function, memory)
     random = utils.make_generator("draws")
 
     def iterate():
-        batches = utils.draw_batches(len(images), len(images), steps, AUGMENT, random)
-        engine(*segment, images, syn_lr, utils.to_device(batches, device))
+        batches = utils.draw_batches(count, count, steps, AUGMENT, random)
+        engine(*of_engine, utils.to_device(batches, device))
 
     seconds = []
     if turns:
@@ -185,12 +187,11 @@ def measure_cosine(device, model, ipc, steps, compile):
     random = utils.make_generator("draws")
     batches = utils.draw_batches(count, count, steps, AUGMENT, random)
     batches = utils.to_device(batches, device)
-    make_batch = partial(AUGMENT, labels=inputs.labels)
     gradients = []
     for precision in DTYPES:
         student = make_student(model, precision, device)
-        engine = UNROLLS["adjoint"](student, make_batch, Compiler(compile).function)
-        _, gradient, _ = engine(*inputs.segment(device), *inputs.leaves(), batches)
+        engine = UNROLLS["adjoint"](student, inputs.make_batch, Compiler(compile).function)
+        _, gradient, _ = engine(*inputs.of_engine(), batches)
         gradients.append(gradient.flatten().double())
     return {"cosine": F.cosine_similarity(*gradients, dim=0).item()}
 
@@ -218,11 +219,12 @@ def measure_counts(device, model, ipc, precision):
     inputs = make_inputs(model, ipc, device)
     counts = {}
     for name, (unroll, memory) in ENGINES.items():
-        images, syn_lr = inputs.leaves()
+        of_engine = inputs.of_engine()
         student = make_student(model, precision, device)
         engine = UNROLLS[unroll](student, memory=process.activation_memory(memory, device))
         with Products() as products:
-            engine(*inputs.segment(device), images, syn_lr, [(images, inputs.labels)])
+            _, _, (images,), _ = of_engine
+            engine(*of_engine, [(images, inputs.labels)])
         counts[name] = {"flop": products.flop, "bytes": products.bytes}
     return counts
 
@@ -323,7 +325,8 @@ def last_lines(commands, turns=0):
                     print(file=process.stdin, flush=True)
                 said += lines_until_turn(process)
         for command, process, log, said in zip(commands, processes, logs, lines):
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             said += process.stdout.readlines()
             if process.wait():
                 log.seek(0)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 import utils
 from compilation import Compiler
+from objectives import matching_loss
 from preprocessing import Form
 from reparam_module import AdjointUnroll, AutogradUnroll, ReparamModule
 from utils import Augment
@@ -34,9 +34,13 @@ def match(engine, name, side, augment, *, count=10, steps, batch_syn, dtype, com
     images = torch.randn(count, 3, side, side, generator=seeded(1)).to(dtype).requires_grad_(True)
     syn_lr = torch.tensor(LR, dtype=dtype, requires_grad=True)
     batches = utils.draw_batches(count, batch_syn, steps, augment, seeded(5))
-    make_batch = partial(augment, labels=torch.arange(count))
+    labels = torch.arange(count)
+
+    def make_batch(synthetic, batch):
+        return augment(*synthetic, batch, labels)
+
     unroll = engine(ReparamModule(network, compiler.amp), make_batch, compiler.function)
-    return unroll(start, target, images, syn_lr, batches)
+    return unroll(start, matching_loss(start, target), (images,), syn_lr, batches)
 
 
 @pytest.mark.parametrize(

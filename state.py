@@ -1,0 +1,181 @@
+"""What a run changes: the synthetic images, their labels, α, and what is known of them."""
+
+import math
+import time
+
+import torch
+
+import files
+import utils
+from preprocessing import Data, initial_images
+from process import ReportedError, first_line
+from scores import Evaluations, from_json, to_json
+
+IMAGE_OPTIMIZERS = {  # --optimizer_img
+    "sgd": lambda images, rate: torch.optim.SGD([images], lr=rate, momentum=0.5),
+    "adam": lambda images, rate: torch.optim.Adam([images], lr=rate),
+}
+
+
+class State:
+    """All that changes in a run, and that a checkpoint keeps.
+
+    image_syn    synthetic images (K, 3, S, S)
+    label_syn    their classes (K,)
+    logits       what their labels are the softmax of, (K, classes); None: the classes themselves
+    syn_lr       α, a scalar; alpha: its value
+    random       the generator of all draws but those of evaluations
+    losses       the objective in each iteration so far
+    evaluations  of the synthetic images
+    baselines    evaluations of random real images, at the initial α and at the best one
+    """
+
+    def __init__(self, args, data: Data):
+        """Where a run starts."""
+        device = data.train[0].device
+        # One stream for images, segments and batches: a checkpoint keeps where it stands.
+        self.random = utils.make_generator("distillation", args.seed)
+        canvas_size = args.canvas_size if args.texture else 1
+        images, labels = initial_images(data, args.ipc, args.pix_init, canvas_size, self.random)
+        self.image_syn = images.to(device).requires_grad_(True)
+        self.label_syn = labels.to(device)
+        self.logits = None
+        self.syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # ()
+        self.alpha = self.syn_lr.item()
+        self.optimizers = [
+            IMAGE_OPTIMIZERS[args.optimizer_img](self.image_syn, args.lr_img),
+            torch.optim.SGD([self.syn_lr], lr=args.lr_lr, momentum=0.5),
+        ]
+        self.clips = args.objective == "loss"
+        self.norms = None  # with `clips`: running norms of the gradients
+        self.losses = []
+        self.evaluations = Evaluations()
+        self.baselines = []
+        self.seconds_before = 0.0  # of the processes that this one resumes
+        self.start = time.time()
+        self.finished = False
+
+    def soften(self, logits, rate):
+        """Take these logits (K, classes) for labels; learn them, unless `rate` is None."""
+        self.logits = logits.detach().clone()
+        if rate is not None:
+            self.logits.requires_grad_(True)
+            self.optimizers.append(torch.optim.SGD([self.logits], lr=rate, momentum=0.9))
+
+    @property
+    def synthetic(self):
+        """What is learned but α."""
+        learned = self.logits is not None and self.logits.requires_grad
+        return (self.image_syn, self.logits) if learned else (self.image_syn,)
+
+    @property
+    def labels(self):
+        """What networks learn from: classes (K,), or probabilities (K, classes)."""
+        return self.label_syn if self.logits is None else self.logits.detach().softmax(1)
+
+    def batch_maker(self, augment):
+        """What makes (x, y) of the learned tensors and a drawn batch, as engines take it."""
+
+        def make_batch(synthetic, batch):
+            image_syn, *logits = synthetic
+            return augment(image_syn, batch, logits[0].softmax(1) if logits else self.labels)
+
+        return make_batch
+
+    @property
+    def seconds(self):
+        return self.seconds_before + time.time() - self.start
+
+    def step(self, loss, *gradients):
+        """Move all that is learned along the gradients of this loss, in the engine's order.
+
+        Returns what is not finite, or α that is not positive, as text; None: all is well.
+        """
+        learned = (*self.synthetic, self.syn_lr)
+        for tensor, gradient in zip(learned, self.clipped(gradients) if self.clips else gradients):
+            tensor.grad = gradient
+        for optimizer in self.optimizers:
+            optimizer.step()
+        names = ("∂L/∂images", *(["∂L/∂labels"] if len(learned) == 3 else []), "∂L/∂α")
+        checked = {**dict(zip(names, gradients)), "images": self.image_syn}
+        finite = [tensor.isfinite().all() for tensor in checked.values()]
+        # All that is to be known of an iteration comes by one transfer: it waits for the device.
+        values = [loss, self.syn_lr.detach(), *(flag.to(loss.dtype) for flag in finite)]
+        loss, self.alpha, *finite = torch.stack(values).tolist()
+        self.losses.append(loss)
+        return first_fault(loss, self.alpha, dict(zip(checked, finite)))
+
+    def clipped(self, gradients):
+        """Gradients, each no longer than twice the running mean of its norm.
+
+        As RaT-BPTT does (arXiv 2311.07025): the gradient of a long unroll has rare, huge values.
+        """
+        norms = torch.stack([gradient.norm() for gradient in gradients])
+        if self.norms is None:
+            self.norms = norms
+        limits = torch.minimum(norms, 2 * self.norms)
+        self.norms = 0.9 * self.norms + 0.1 * limits
+        return [
+            g * (limit / norm.clamp(min=1e-30)) for g, limit, norm in zip(gradients, limits, norms)
+        ]
+
+    def save(self, path):
+        content = {
+            "images": self.image_syn.detach(),
+            "labels": self.label_syn,
+            "logits": None if self.logits is None else self.logits.detach(),
+            "syn_lr": self.syn_lr.detach(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "norms": self.norms,
+            "random": self.random.get_state(),
+            "losses": self.losses,
+            "evaluations": to_json(self.evaluations.rows),
+            "baselines": to_json(self.baselines),
+            "seconds": self.seconds,
+            "finished": self.finished,
+        }
+        files.write_tensors(path, content)
+
+    @torch.no_grad()
+    def load(self, path):
+        """Go back to what `save` wrote, if it did. Raises ReportedError for a damaged file."""
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Copied in place: the optimisers refer to these tensors.
+            self.image_syn.copy_(content["images"])
+            self.label_syn.copy_(content["labels"])
+            if self.logits is not None:
+                self.logits.copy_(content["logits"])
+            self.syn_lr.copy_(content["syn_lr"])
+            self.alpha = self.syn_lr.item()
+            for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            if content["norms"] is not None:
+                self.norms = content["norms"].to(self.syn_lr.device)
+            self.random.set_state(content["random"])
+            self.losses = content["losses"]
+            self.evaluations = Evaluations(from_json(content["evaluations"]))
+            self.baselines = from_json(content["baselines"])
+            self.seconds_before = content["seconds"]
+            self.finished = content["finished"]
+        except FileNotFoundError:
+            pass  # a new run
+        except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
+            raise ReportedError(
+                f"{path} is damaged ({first_line(error)}): remove it, and the run starts from "
+                "scratch"
+            ) from None
+
+
+def first_fault(loss, alpha, finite):
+    """What went wrong in an iteration, and what may help; `finite` is by name. None: nothing."""
+    faults = [] if math.isfinite(loss) else ["loss is not finite"]
+    faults += [f"{name} is not finite" for name, is_finite in finite.items() if not is_finite]
+    if not 0 < alpha < math.inf:
+        faults.append("α is not positive")
+    if not faults:
+        return None
+    return (
+        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps; the "
+        "checkpoint before it is kept"
+    )
