@@ -191,6 +191,9 @@ class Parser(argparse.ArgumentParser):
 # Flags of both scripts
 
 
+PROJECT = "DatasetDistillation"  # on wandb
+
+
 def add_shared_flags(parser, batch_train):
     """Add the flags of both scripts; `batch_train` is the script's own default batch size."""
     has_cuda = torch.cuda.is_available()
@@ -228,7 +231,8 @@ def add_shared_flags(parser, batch_train):
     add = parser.topic("Weights & Biases")
     modes = choice(("online", "offline", "disabled"))
     add("--wandb_mode", modes, None, "MODE", "online if logged in, else offline; or disabled")
-    add("--wandb_project", wandb_name, "DatasetDistillation", "NAME", "project")
+    project = f"project (default: WANDB_PROJECT, or {PROJECT})"
+    add("--wandb_project", wandb_name, None, "NAME", project)
     add("--wandb_entity", wandb_name, None, "NAME", "user or team (default: yours)")
 
 
@@ -278,7 +282,7 @@ def wandb_flags(args):
     """Where a run goes on Weights & Biases, as `report.Dashboard` takes it."""
     return {
         "mode": args.wandb_mode,
-        "project": args.wandb_project,
+        "project": args.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT,
         "entity": args.wandb_entity,
     }
 

@@ -276,27 +276,35 @@ class Dashboard:
 
     Online when logged in and reachable, else offline, in `folder`/wandb. `axis` is the key that all
     others are drawn against. `options` are those of `wandb.init`; an `id` that has been used before
-    continues that page.
+    continues that page. WANDB_DIR, and without `mode` WANDB_MODE, count as for wandb itself.
     """
+
+    unreachable = False  # the server, by what this process has tried: waiting takes half a minute
 
     def __init__(self, folder, axis, mode, **options):
         # wandb would use the home directory.
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))
+        os.environ.setdefault("WANDB_SILENT", "true")  # settings would not outlive `stop_service`
+        folder = Path(os.environ.get("WANDB_DIR") or folder)
         self.folder = folder / "wandb"
         self.page = None
         for each in modes_to_try(mode or os.environ.get("WANDB_MODE")):
+            if each == "online" and Dashboard.unreachable:
+                continue
             try:
                 self.page = wandb.init(
                     mode=each,
                     dir=folder,
                     resume="allow" if options.get("id") else None,
                     reinit="finish_previous",
-                    settings=wandb.Settings(silent=True, init_timeout=30),
+                    settings=wandb.Settings(init_timeout=30),
                     **options,
                 )
                 break
             except Exception as error:  # of wandb, its service, or a WANDB_... variable's value
                 warnings.warn(f"wandb cannot start in mode {each}: {first_line(error)}")
+                Dashboard.unreachable |= each == "online"
+                stop_service()  # it would take the run for one that is still going on
         self.attempt(lambda page: page.define_metric(axis))
         self.attempt(lambda page: page.define_metric("*", step_metric=axis))
 
@@ -328,6 +336,13 @@ class Dashboard:
             f"wandb logs offline; to upload: {command} sync {self.folder}/offline-run-*; "
             f"without an account, {instead}"
         )
+
+
+def stop_service():
+    try:
+        wandb.teardown()
+    except Exception as error:
+        warnings.warn(f"wandb cannot stop: {first_line(error)}")
 
 
 def modes_to_try(mode):

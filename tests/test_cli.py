@@ -184,3 +184,15 @@ def test_the_name_of_a_runs_folder_tells_settings_apart(parsed):
 
     assert name("--zca", "--ipc=3", "--seed=4").startswith("ConvNet_ipc3_zca_seed4_")
     assert name("--ipc=3") == name("--ipc=3", "--load_all") != name("--ipc=3", "--lr_img=1")
+
+
+@pytest.mark.parametrize(
+    "flag, variable, project",
+    [(None, None, "DatasetDistillation"), (None, "theirs", "theirs"), ("mine", "theirs", "mine")],
+)
+def test_wandbs_variable_names_the_project_where_no_flag_does(monkeypatch, flag, variable, project):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if variable:
+        monkeypatch.setenv("WANDB_PROJECT", variable)
+    args = argparse.Namespace(wandb_mode=None, wandb_project=flag, wandb_entity=None)
+    assert cli.wandb_flags(args)["project"] == project

@@ -301,6 +301,40 @@ def test_a_page_that_fails_is_given_up_with_a_warning(monkeypatch, tmp_path):
     assert dashboard.where_to_look("there") == "no wandb"
 
 
+def test_without_a_network_pages_are_kept_on_disk_and_the_server_is_tried_once(
+    monkeypatch, tmp_path
+):
+    """As on a compute node: logged in, but whoever asks the server waits for half a minute."""
+    tried, stopped = [], []
+
+    def init(mode, **_):
+        tried.append(mode)
+        if mode == "online":
+            raise TimeoutError("no answer")
+        assert stopped or tried == ["offline"]  # else: "run ID is in use"
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    monkeypatch.setattr(report, "logged_in", lambda: True)
+    monkeypatch.setattr(report.wandb, "init", init)
+    monkeypatch.setattr(report.wandb, "teardown", lambda: stopped.append(True))
+    monkeypatch.setattr(report.Dashboard, "unreachable", False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.warns(UserWarning, match="cannot start in mode online: no answer"):
+        first = report.Dashboard(tmp_path, "Epoch", None)
+    second = report.Dashboard(tmp_path, "Epoch", None)  # and pytest would show another warning
+    assert first.page and second.page
+    assert tried == ["online", "offline", "offline"]
+
+
+def test_pages_go_where_wandbs_variable_says(monkeypatch, tmp_path):
+    folders = []
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(report.wandb, "init", lambda dir, **_: folders.append(dir))
+    dashboard = report.Dashboard(tmp_path, "Epoch", "offline")
+    assert folders == [tmp_path / "elsewhere"]
+    assert dashboard.folder == tmp_path / "elsewhere" / "wandb"
+
+
 def test_a_page_that_fails_later_does_not_end_the_run(monkeypatch, tmp_path):
     class Page:
         def define_metric(self, *_, **__):
