@@ -50,6 +50,10 @@ def run_script(main, less_memory):
     `less_memory` names the flags that help when memory runs out.
     """
     keep_freed_memory()
+    # Where an encoding lacks α or ±, a question mark stands for it.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not what a test or a notebook puts there
+            stream.reconfigure(errors="replace")
     # Importing it warns that there is no CUDA toolkit, which nothing here needs.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

@@ -78,9 +78,14 @@ class ReparamModule(nn.Module):
         parts = [part.view(shape) for part, shape in zip(parts, self.shapes)]
         parameters = dict(zip(self.names, parts))
         images = x.to(dtype)
-        if torch.compiler.is_compiling():  # which makes this layout the faster one
+        if is_compiled_for_cpu(images):
+            # The faster layout there; for a GPU, the compiler chooses it itself.
             images = images.contiguous(memory_format=torch.channels_last)
         return functional_call(self.network, parameters, (images,)).to(x.dtype)
+
+
+def is_compiled_for_cpu(x):
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def as_they_are(synthetic, batch):

@@ -163,6 +163,7 @@ def run():
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",  # a test may choose another encoding than ours
             env=os.environ | environment,
         )
 

@@ -196,3 +196,25 @@ def test_wandbs_variable_names_the_project_where_no_flag_does(monkeypatch, flag,
         monkeypatch.setenv("WANDB_PROJECT", variable)
     args = argparse.Namespace(wandb_mode=None, wandb_project=flag, wandb_entity=None)
     assert cli.wandb_flags(args)["project"] == project
+
+
+# --------------------------------------------------------------------------------------------------
+# Encodings
+
+LOCALES = {
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.mark.parametrize("environment", LOCALES.values(), ids=LOCALES)
+def test_a_run_prints_and_writes_where_output_is_not_utf_8(run, specks_run, tmp_path, environment):
+    flags = [*specks_run, "--Iteration=1", "--eval_it=1", "--run_name=run"]
+    done = run("distillation.py", *flags, cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "iteration network" in done.stdout and "?" in done.stdout  # for α
+    (folder,) = tmp_path.glob("logged_files/*/run")
+    assert {"results.json", "curves.png"} <= {path.name for path in folder.iterdir()}
+    done = run("distillation.py", "--help", cwd=tmp_path, **environment)
+    assert done.returncode == 0 and "--lr_lr" in done.stdout

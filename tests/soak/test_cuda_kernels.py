@@ -29,6 +29,7 @@ from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import evaluation
+import reparam_module
 import utils
 from compilation import ACTIVATION_BUDGET, SecondDerivatives
 from preprocessing import Form
@@ -257,6 +258,12 @@ def check_convolution(x, weights, groups):
 
 # --------------------------------------------------------------------------------------------------
 # What is generated
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Functions are traced on the CPU, before their graphs are moved."""
+    monkeypatch.setattr(reparam_module, "is_compiled_for_cpu", lambda x: False)
 
 
 def student_of(model, amp=False):
