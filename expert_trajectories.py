@@ -14,6 +14,7 @@ ConvNet half an hour.
 """
 
 import time
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -36,6 +37,7 @@ from cli import (
 )
 from compilation import Compiler
 from process import ReportedError
+from reparam_module import student_fault
 from utils import Augment
 
 
@@ -184,7 +186,9 @@ def main():
     print(process.describe(device, compiler.amp), flush=True)
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     # An unknown network is refused here, before the data are loaded.
-    utils.initial_network(args.model, form, utils.make_generator(0), device)
+    network = utils.initial_network(args.model, form, utils.make_generator(0), device)
+    if fault := student_fault(network):
+        warnings.warn(f"distillation.py will refuse these experts, --model={args.model}: {fault}")
 
     # Experts of other settings are refused before minutes of whitening, as far as flags can tell.
     training = training_settings(args, compiler.amp)

@@ -51,11 +51,8 @@ class ReparamModule(nn.Module):
 
     def __init__(self, network, amp=False):
         super().__init__()
-        if any(True for _ in network.buffers()):
-            raise ValueError(
-                "a student cannot have batch normalisation, whose statistics change with every "
-                "call: take a network with instance, group or layer normalisation, or none"
-            )
+        if fault := student_fault(network):
+            raise ValueError(fault)
         self.network = network
         self.amp = amp
         self.names, parameters = zip(*network.named_parameters())
@@ -82,6 +79,15 @@ class ReparamModule(nn.Module):
             # The faster layout there; for a GPU, the compiler chooses it itself.
             images = images.contiguous(memory_format=torch.channels_last)
         return functional_call(self.network, parameters, (images,)).to(x.dtype)
+
+
+def student_fault(network):
+    """Why a network cannot be a student; None: it can."""
+    if any(True for _ in network.buffers()):
+        return (
+            "a student cannot have batch normalisation, whose statistics change with every "
+            "call: take a network with instance, group or layer normalisation, or none"
+        )
 
 
 def is_compiled_for_cpu(x):

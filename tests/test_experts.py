@@ -328,3 +328,12 @@ def test_without_a_compiler_it_warns_once_and_trains_without_compilation(compile
     assert "warning: torch.compile failed, continuing without it: " in warning
     assert warning.count("warning: ") == 1 and not kernels
     assert_same_up_to_rounding(expert, plain)
+
+
+def test_experts_that_cannot_be_followed_are_warned_of_before_the_first(
+    run_here, specks_experts, tmp_path
+):
+    flags = [*specks_experts, f"--buffer_path={tmp_path}", "--model=ConvNetBN", "--num_experts=1"]
+    with pytest.warns(UserWarning, match=r"will refuse .* --model=ConvNetBN: .*normalisation"):
+        done = run_here(SCRIPT, *flags, "--train_epochs=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
