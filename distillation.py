@@ -39,6 +39,7 @@ from trajectories import Experts
 from utils import Augment
 
 CHECKPOINT = "checkpoint.pt"  # in the run's folder
+LABELS = ("hard", "soft", "learned")
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -74,14 +75,8 @@ def add_flags(parser):
     memory = "for activations that need not be computed twice (default: 1/8 of what is free)"
     add("--unroll_memory", not_negative, None, "GB", memory)
     add("--pix_init", choice(("real", "noise")), "real", "real|noise", "what the images start from")
-    kinds = "classes; the experts' probabilities; or these, learned"
-    add(
-        "--labels",
-        choice(("hard", "soft", "learned")),
-        "hard",
-        "KIND",
-        f"hard|soft|learned: {kinds}",
-    )
+    kinds = "hard: classes; soft: the experts' probabilities; learned: these, learned"
+    add("--labels", choice(LABELS), "hard", "|".join(LABELS), kinds)
     add("--lr_labels", not_negative, 5.0, "RATE", "learning rate of learned labels (logits)")
     add("--no_aug", boolean, False, "BOOL", "no augmentation while distilling")
     add("--texture", boolean, False, "BOOL", "learn canvases, cut random windows; not with --zca")
@@ -248,12 +243,11 @@ def student_augment(args, form, apply=utils.apply_group):
 
 
 def make_unroll(args, inputs, make_batch):
-    """The engine that --unroll names."""
+    """The engine that --unroll names, and its `advance`."""
     memory = process.activation_memory(args.unroll_memory, inputs.data.train[0].device)
-    compile = inputs.compiler.function
-    engine = UNROLLS[args.unroll](inputs.student, make_batch, compile, memory)
-    engine.advance = inputs.compiler.retrying(engine.advance)
-    return engine
+    compiler = inputs.compiler
+    engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, memory)
+    return compiler.retrying(engine), compiler.retrying(engine.advance)
 
 
 def make_objective(args, inputs):
@@ -359,7 +353,7 @@ def main():
         logits = inputs.experts.logits(inputs.student, state.image_syn.detach())
         state.soften(logits, args.lr_labels if args.labels == "learned" else None)
     augment = student_augment(args, data.form, inputs.compiler.augmentation(device))
-    unroll = make_unroll(args, inputs, state.batch_maker(augment))
+    unroll, advance = make_unroll(args, inputs, state.batch_maker(augment))
     objective = make_objective(args, inputs)
     num_syn, batch_syn = len(state.label_syn), batch_syn_of(args, data.form)
     curves_due, line_due = process.Interval(60), process.Interval(60)
@@ -408,7 +402,7 @@ def main():
 
             # Unroll the student, and differentiate the objective at its end.
             learned = state.synthetic, state.syn_lr
-            theta = unroll.advance(task.theta, *learned, before)
+            theta = advance(task.theta, *learned, before)
             loss, *gradients = unroll(theta, task.objective, *learned, batches)
 
             # Follow the gradients. α may leave the positive numbers, MTT's commonest failure.

@@ -2,14 +2,17 @@
 
 import weakref
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+import distillation
 import report
 import utils
+from compilation import FAILURES, Compiler
 from networks import ConvNet
 from objectives import MatchTrajectory, RealLoss, matching_loss, real_loss
 from preprocessing import Data
@@ -278,6 +281,33 @@ def test_labels_start_as_the_experts_see_them_and_are_learned_where_they_are_to_
 
 # --------------------------------------------------------------------------------------------------
 # Commands
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["unroll", "advance"])
+def test_an_engine_that_fails_compiled_is_called_once_more(monkeypatch, which):
+    """Its derivatives, too: `Compiler.function` alone would not see those fail."""
+    calls = []
+
+    class Engine:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, *_):
+            calls.append(1)
+            if len(calls) == 1:
+                raise RuntimeError("Triton failed")
+            return "done"
+
+        advance = __call__
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(FAILURES, "seen", False)
+    monkeypatch.setitem(UNROLLS, "adjoint", Engine)
+    inputs = SimpleNamespace(data=make_data(), student=None, compiler=Compiler())
+    args = Namespace(unroll="adjoint", unroll_memory=0.0)
+    function = distillation.make_unroll(args, inputs, None)[which]
+    with pytest.warns(UserWarning, match="failed, continuing without it: Triton failed"):
+        assert function() == "done"
 
 
 LOSS = ["--objective=loss", "--optimizer_img=adam", "--batch_objective=16"]
