@@ -23,13 +23,15 @@ import cli
 import datasets
 import evaluation
 import files
+import image_sets
 import process
 import report
 import trajectories
 import utils
 from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
 from compilation import Compiler
-from evaluation import EVAL_POOLS, Evaluator, evaluate_real
+from evaluation import EVAL_POOLS, Evaluator
+from image_sets import evaluate_real
 from objectives import MatchTrajectory, RealLoss, real_loss
 from preprocessing import Data
 from process import ReportedError, Stopped, stop
@@ -91,8 +93,8 @@ def add_flags(parser):
     add("--eval_it", count, 100, "ITERATIONS", "from one evaluation to the next")
     add("--epoch_eval_train", count, 1000, "EPOCHS", "a network's epochs on the synthetic images")
     add("--batch_real", count, 256, "IMAGES", "real images per batch when testing a network")
-    sets = "instead of distilling, evaluate a saved set (a run's folder, or images_*.pt), random: "
-    sets += "--ipc random real images per class, or full: all training images"
+    sets = "instead of distilling, evaluate a saved set (a run's folder, or images_*.pt); or real "
+    sets += "images: random, herding or k_center, --ipc per class, or full, all of training"
     add("--evaluate", str, None, "WHAT", sets)
     add("--export", folder_path, None, "DIR", "write the set of --evaluate for other tools")
 
@@ -120,12 +122,12 @@ def parse_args():
         saved = parser.recorded(given["resume"])
         if not saved:
             parser.error(f"--resume={given['resume']}: no run was started there (no run.json)")
-    elif evaluation.is_saved(what):
-        saved = parser.recorded(evaluation.saved_folder(what))
+    elif image_sets.is_saved(what):
+        saved = parser.recorded(image_sets.saved_folder(what))
         if saved and preset:
             parser.error(f"--preset={given['preset']}: the run has flags of its own: leave it out")
         # Its α is what the images were learned for; None where it is not saved, as by MTT.
-        saved["lr_teacher"] = evaluation.saved_step_size(what)
+        saved["lr_teacher"] = image_sets.saved_step_size(what)
     elif what == "full":
         saved = {"epoch_eval_train": 50}  # of real images, an epoch has far more steps
     args = parser.complete(preset, saved, given)
@@ -153,8 +155,14 @@ def check_commands(parser, given):
                 parser.error(f"--resume and --{name} exclude each other: leave one out")
     what = given.get("evaluate")
     if what == "":
-        parser.error("--evaluate='' names nothing: give a run's folder, images_*.pt, random, full")
-    if "export" in given and not evaluation.is_saved(what):
+        names = ", ".join(image_sets.REAL_SETS)
+        parser.error(f"--evaluate='' names nothing: give a run's folder, images_*.pt, {names}")
+    if what and "labels" in given:
+        if image_sets.is_saved(what):
+            parser.error(f"--labels={given['labels']}: a saved set has its labels: leave it out")
+        if given["labels"] == "learned":
+            parser.error(f"--labels=learned: nothing is learned of --evaluate={what}: hard or soft")
+    if "export" in given and not image_sets.is_saved(what):
         parser.error("--export needs --evaluate with a saved set")
 
 
@@ -178,7 +186,7 @@ def load_inputs(args):
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     batch_syn_of(args, form)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
-    student = make_student(args.model, form, compiler.amp, device)
+    student = evaluation.make_student(args.model, form, compiler.amp, device)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
 
     # Seconds: memory-mapped, of which only the segments that can be drawn are read.
@@ -190,7 +198,7 @@ def load_inputs(args):
         args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
     )
     experts.check_settings(data.settings | {"model": args.model})
-    real_sets = evaluation.random_real_sets(data, args.ipc, args.num_eval, args.seed)
+    real_sets = image_sets.random_real_sets(data, args.ipc, args.num_eval, args.seed)
     evaluator = evaluation.make_evaluator(args, data, pool, compiler)
     return Inputs(data, experts, student, real_sets, evaluator, compiler)
 
@@ -220,18 +228,6 @@ def batch_syn_of(args, form):
             "lower it, or raise --ipc"
         )
     return args.batch_syn or num_images
-
-
-def make_student(model, form, amp, device):
-    """A network called `model` as a function of its parameters.
-
-    Raises ReportedError where it cannot be one.
-    """
-    network = utils.initial_network(model, form, utils.make_generator(0), device)
-    try:
-        return ReparamModule(network, amp)
-    except ValueError as error:
-        raise ReportedError(f"--model={model}: {error}") from None
 
 
 def student_augment(args, form, apply=utils.apply_group):
@@ -342,7 +338,7 @@ def finish(run, inputs, state):
 def main():
     args = parse_args()
     if args.evaluate:
-        return evaluation.evaluate_saved(args, cli.run_settings(args))
+        return image_sets.evaluate_set(args, cli.run_settings(args))
 
     # Everything that can be refused is, before anything is written.
     inputs = load_inputs(args)

@@ -1,29 +1,21 @@
 """Evaluation: fresh networks are trained on a small set of images and tested on real ones."""
 
-import hashlib
-import json
-import math
-import os
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.func import grad
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
-import datasets
-import files
 import process
-import report
 import utils
 from compilation import Compiler
-from preprocessing import Data, random_real
-from process import ReportedError, first_line, stop
+from preprocessing import Data
+from process import ReportedError, stop
 from reparam_module import ReparamModule
-from scores import Scores, to_json
+from scores import Scores
 from utils import Augment
 
 # --------------------------------------------------------------------------------------------------
@@ -71,12 +63,12 @@ class Evaluator:
         """Scores by the network's name.
 
         images  (N, 3, H, H), or (num_eval, N, 3, H, H), a set for each network
-        labels  classes (N,), or probabilities (N, classes)
+        labels  classes (N,), or probabilities (N, classes); with a set for each, (num_eval, ...)
         syn_lr  α, the learning rate to train with
         key     of all that is random: initial weights, order of the images, augmentation
         """
         if images.dim() == 4:
-            images = images.expand(self.num_eval, *images.shape)
+            images, labels = (part.expand(self.num_eval, *part.shape) for part in (images, labels))
         return {name: self.evaluate(name, images, labels, syn_lr, key) for name in self.pool}
 
     def evaluate(self, name, images, labels, syn_lr, key):
@@ -87,7 +79,7 @@ class Evaluator:
         networks = [utils.initial_network(name, form, random, device) for random in generators]
         forwards = [self.compiler(network) for network in networks]
         # So small a batch leaves most of a GPU, or of a processor's cores, without work.
-        batch = min(len(labels), self.batch_train) * (self.augment.windows or 1)
+        batch = min(images.shape[1], self.batch_train) * (self.augment.windows or 1)
         is_small = batch <= 64
         if is_small and self.pool[name]:
             train = images, labels
@@ -95,8 +87,10 @@ class Evaluator:
         else:
             workers = torch.get_num_threads() if is_small and device.type == "cpu" else 1
             trainings = [
-                self.evaluate_synset(network, forward, (x, labels), syn_lr, generator)
-                for network, forward, x, generator in zip(networks, forwards, images, generators)
+                self.evaluate_synset(network, forward, train, syn_lr, generator)
+                for network, forward, train, generator in zip(
+                    networks, forwards, zip(images, labels), generators
+                )
             ]
             total = len(trainings) * (self.epochs + 1)
             with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
@@ -132,7 +126,8 @@ class Evaluator:
     def train_together(self, step, networks, train, syn_lr, generators):
         """What `evaluate_synset` does, for K networks at once, each with draws of its own.
 
-        `step` is `sgd_step` for these networks, `train` images (K, N, 3, H, H) and labels (N,).
+        `step` is `sgd_step` for these networks, `train` a set for each: images (K, N, 3, H, H),
+        and labels (K, N) or (K, N, classes).
         """
         images, labels = train
         thetas = torch.stack([parameters_to_vector(n.parameters()) for n in networks]).detach()
@@ -143,7 +138,7 @@ class Evaluator:
             stop.check()
             of_networks = [self.draw_epoch(x, g) for x, g in zip(images, generators)]
             for batches in zip(*of_networks):
-                made = [self.augment(x, batch, labels) for x, batch in zip(images, batches)]
+                made = [self.augment(x, batch, y) for x, batch, y in zip(images, batches, labels)]
                 x, y = (torch.stack(part) for part in zip(*made))
                 thetas, momenta = step(thetas, momenta, x, y, rate)
             if epoch == self.epochs // 2 + 1:
@@ -180,21 +175,20 @@ def of_real_images(evaluator):
     return replace(evaluator, augment=replace(evaluator.augment, windows=0))
 
 
-def random_real_sets(data, ipc, count, seed):
-    """`count` draws of `random_real`: images (count, ipc * classes, 3, H, H), labels of one."""
-    generators = (utils.make_generator("random real", seed, k) for k in range(count))
-    draws = [random_real(data, ipc, generator) for generator in generators]
-    return torch.stack([images for images, _ in draws]), draws[0][1]
-
-
-def evaluate_real(evaluator, real_sets, syn_lr, seed):
-    """An evaluation of `random_real_sets`: what a distilled set is compared with."""
-    scores = of_real_images(evaluator)(*real_sets, syn_lr, (seed, "random real"))
-    return {"syn_lr": syn_lr, "scores": scores}
-
-
 def fresh_sgd(network, rate):
     return torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
+
+
+def make_student(model, form, amp, device):
+    """A network called `model` as a function of its parameters.
+
+    Raises ReportedError where it cannot be one.
+    """
+    network = utils.initial_network(model, form, utils.make_generator(0), device)
+    try:
+        return ReparamModule(network, amp)
+    except ValueError as error:
+        raise ReportedError(f"--model={model}: {error}") from None
 
 
 def make_sgd_step(model, form, compiler, device):
@@ -213,7 +207,7 @@ def sgd_step(module, thetas, momenta, x, y, rate):
     """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks in one graph.
 
     thetas, momenta  parameters of ReparamModule `module`, and their momenta, (K, P)
-    x, y, rate       images (K, B, C, H, W), labels (K, B), learning rate ()
+    x, y, rate       images (K, B, C, H, W), labels (K, B) or (K, B, classes), learning rate ()
 
     Returns the new parameters and momenta.
     """
@@ -251,196 +245,3 @@ def warn_of_diverged(name, networks, syn_lr):
             f"{diverged} of {len(networks)} networks ({name}) diverged in evaluation: "
             f"α = {syn_lr:.4g} is too large for them; they count as guessing"
         )
-
-
-# --------------------------------------------------------------------------------------------------
-# Saved sets
-
-
-def is_saved(what):
-    """Whether --evaluate names a saved set."""
-    return what not in (None, "random", "full")
-
-
-def saved_folder(what):
-    """The folder of a saved set, which is named itself, or by one of its files."""
-    path = expanded(what)
-    return path if path.is_dir() else path.parent
-
-
-def expanded(what):
-    return Path(os.path.expanduser(what))  # pathlib's raises an error for an unknown user
-
-
-def saved_path(what, name):
-    """The file of a saved set's "images", "labels" or "syn_lr"."""
-    path = expanded(what)
-    path = path / "images_best.pt" if path.is_dir() else path
-    return path.with_name(path.name.replace("images", name, 1))
-
-
-def read_tensor(what, name):
-    """One of a saved set's "images", "labels", "syn_lr"; None where there is no such file."""
-    path = saved_path(what, name)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
-        raise ReportedError(f"--evaluate: {path} cannot be read ({first_line(error)})") from None
-
-
-def saved_step_size(what):
-    """The α of a saved set; None where it is not saved, as by MTT.
-
-    Raises ReportedError where the file holds something else.
-    """
-    syn_lr = read_tensor(what, "syn_lr")
-    if syn_lr is None:
-        return None
-    is_scalar = isinstance(syn_lr, torch.Tensor) and syn_lr.numel() == 1
-    if not (is_scalar and 0 < syn_lr < math.inf):
-        raise ReportedError(
-            f"--evaluate: the syn_lr_*.pt beside {what} holds no step size, a positive number"
-        )
-    return float(syn_lr)
-
-
-def load_set(what, form):
-    """Images and labels of a saved set, MTT's as well.
-
-    Raises ReportedError where they are missing, or do not fit this `datasets.Form`.
-    """
-    images = read_tensor(what, "images")
-    labels = read_tensor(what, "labels")
-    for name, tensor in (("images", images), ("labels", labels)):
-        if tensor is None:
-            raise ReportedError(
-                f"--evaluate={what}: {saved_path(what, name)} is not there; name a run's folder, "
-                "or an images_*.pt with labels_*.pt beside it, or random or full"
-            )
-    if not (is_image_set(images, form) and is_label_set(labels, images, form)):
-        size, last = form.im_size, form.num_classes - 1
-        raise ReportedError(
-            f"--evaluate: {what} holds no synthetic images of these classes: (N, 3, {size}, {size})"
-            f" float32, finite, and labels (N,) int64 from 0 to {last}, or probabilities "
-            f"(N, {last + 1}) float32"
-        )
-    return images, labels
-
-
-def is_image_set(images, form):
-    if not (isinstance(images, torch.Tensor) and images.dtype == torch.float32):
-        return False
-    if images.dim() != 4 or not len(images) or images.shape[1] != 3:
-        return False
-    height, width = images.shape[2:]
-    return height == width >= form.im_size and bool(images.isfinite().all())
-
-
-def is_label_set(labels, images, form):
-    if not isinstance(labels, torch.Tensor):
-        return False
-    if labels.dtype == torch.float32:
-        fits = labels.shape == (len(images), form.num_classes) and bool((labels >= 0).all())
-        return fits and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
-    if labels.dtype != torch.int64:
-        return False
-    return labels.shape == images.shape[:1] and 0 <= labels.min() <= labels.max() < form.num_classes
-
-
-def check_set(what, images, texture, data: Data):
-    """Raise ReportedError where images were made for other data, or need --texture."""
-    folder = saved_folder(what)
-    if record := files.read_run(folder):  # MTT's sets have none
-        now = {key: data.settings[key] for key in ("dataset", "zca", "val_fraction")}
-        now |= {"data": data.settings["digest"], "texture": texture}
-        files.check_record(folder, record.settings, now, "set")
-    if images.shape[2] != data.form.im_size and not texture:
-        raise ReportedError(
-            f"--evaluate: the images of {what} have {images.shape[2]} pixels a side, not "
-            f"{data.form.im_size}: canvases need --texture"
-        )
-
-
-def export_set(folder, images, labels, syn_lr, data: Data):
-    """Write a synthetic set for other tools: PNGs in class folders, and dd_ranking.pt.
-
-    The PNGs are for the eye: clipped, each in its own range. DD-Ranking's dictionary has what
-    networks learn from. Raises ReportedError where the folder has images already.
-    """
-    if (folder / "images").exists():
-        raise ReportedError(
-            f"--export={folder}: there are images already: remove them, or name another folder"
-        )
-    pixels = report.clip(data.to_pixels(images))
-    classes = labels if labels.dim() == 1 else labels.argmax(1)
-    for label, name in enumerate(data.classes):
-        for number, image in enumerate(pixels[classes == label]):
-            path = folder / "images" / name / f"{number:04d}.png"
-            report.save_picture(path, report.draw_image(image))
-    content = {"image_tensor": images, "hard_labels": classes, "syn_lr": syn_lr}
-    if labels.dim() == 2:
-        content["soft_labels"] = labels
-    files.write_tensors(folder / "dd_ranking.pt", content)
-
-
-def evaluate_saved(args, settings):
-    """What --evaluate does: print a table, and write every accuracy to evaluation.json.
-
-    `settings` are the flags that a result depends on.
-    """
-    device = process.check_device(args.device)
-    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
-    compiler = Compiler(args.compile, process.check_amp(args.amp, device))
-    print(process.describe(device, compiler.amp), flush=True)
-    pool = make_pool(args.eval_mode, args.model, form, compiler, device)
-    saved = load_set(args.evaluate, form) if is_saved(args.evaluate) else None
-    data = datasets.load_data(
-        args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
-    )
-    evaluator = make_evaluator(args, data, pool, compiler)
-    alpha = args.lr_teacher
-    if args.evaluate == "full":
-        evaluator, (images, labels) = of_real_images(evaluator), data.train
-    elif args.evaluate == "random":
-        evaluator = of_real_images(evaluator)
-        images, labels = random_real_sets(data, args.ipc, args.num_eval, args.seed)
-    else:
-        images, labels = saved
-        check_set(args.evaluate, images, args.texture, data)
-        if alpha is None:
-            raise ReportedError(
-                f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the "
-                "step size to train with"
-            )
-        if args.export:
-            export_set(args.export, images, labels, alpha, data)
-            print(f"{len(images)} images exported to {args.export}")
-            return
-    scores = evaluator(images.to(device), labels.to(device), alpha, (args.seed, "saved"))
-    settings = settings | {"amp": compiler.amp}
-    title = {"full": "training images", "random": "random real images"}.get(
-        args.evaluate, f"images of {args.evaluate}"
-    )
-    print(f"{len(labels)} {title}; networks: {args.num_eval}, ", end="")
-    print(f"epochs: {args.epoch_eval_train}, α = {alpha:.5f}\n")
-    print(report.scores_table(scores, data.classes))
-    row = {"evaluated": args.evaluate, "images": len(labels), "syn_lr": alpha, "scores": scores}
-    save_evaluation(args, settings, data, row)
-
-
-def save_evaluation(args, settings, data, row):
-    """Write an evaluation to evaluation.json, in a folder named after it and its settings."""
-    settings = settings | {"data": data.settings["digest"], "evaluate": args.evaluate}
-    settings["syn_lr"] = settings.pop("lr_teacher")
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-    name = {"random": f"random_ipc{args.ipc}"}.get(
-        args.evaluate, Path(args.evaluate).resolve().stem
-    )
-    folder = args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}_{digest}")
-    (content,) = to_json([row])
-    content |= {"settings": settings, "data": data.settings, "versions": process.versions()}
-    content["device"] = process.describe(data.train[0].device, settings["amp"])
-    files.write_json(folder / "evaluation.json", content)
-    print(f"\nFiles: {folder / 'evaluation.json'}")

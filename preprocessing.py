@@ -44,6 +44,17 @@ class Data:
         return images.cpu() * scale + shift
 
 
+def members_of(data, label, ipc):
+    """The training images of a class, as indices. Raises ReportedError for fewer than `ipc`."""
+    members = torch.nonzero(data.train[1].cpu() == label).flatten()
+    if ipc > len(members):
+        raise ReportedError(
+            f"--ipc={ipc} is more than the {len(members)} training images of "
+            f"{data.classes[label]}: lower it"
+        )
+    return members
+
+
 def random_real(data, ipc, generator):
     """`ipc` random training images of each class, (ipc * classes, 3, H, H), and their labels.
 
@@ -51,12 +62,8 @@ def random_real(data, ipc, generator):
     """
     images, labels = data.train
     chosen = []
-    for label, name in enumerate(data.classes):
-        members = torch.nonzero(labels.cpu() == label).flatten()
-        if ipc > len(members):
-            raise ReportedError(
-                f"--ipc={ipc} is more than the {len(members)} training images of {name}: lower it"
-            )
+    for label in range(data.form.num_classes):
+        members = members_of(data, label, ipc)
         chosen.append(members[torch.randperm(len(members), generator=generator)[:ipc]])
     chosen = torch.cat(chosen).to(images.device)
     return images[chosen], labels[chosen]

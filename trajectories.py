@@ -19,6 +19,8 @@ from process import ReportedError, first_line
 # The record beside it, which MTT's lack, says how it was made. It is written first, so that a file
 # that is there has a record; neither ever changes. Readers therefore need no lock.
 
+FORWARD_BATCH = 256  # images that experts see at once
+
 REMEDY = "remove it and its .json, run expert_trajectories.py again"
 
 
@@ -205,8 +207,23 @@ class Experts:
 
         `student` is a `ReparamModule` of their network.
         """
-        thetas = (flat(expert.trajectory[-1]).to(images.device) for expert in self.members)
-        return torch.stack([student(images, theta) for theta in thetas]).mean(0)
+        thetas = [flat(expert.trajectory[-1]).to(images.device) for expert in self.members]
+        means = []
+        for x in images.split(FORWARD_BATCH):
+            means.append(torch.stack([student(x, theta) for theta in thetas]).mean(0))
+        return torch.cat(means)
+
+    @torch.no_grad()
+    def features(self, student, images):
+        """What the first expert's last layer makes its logits of, (B, D), by its last epoch."""
+        theta = flat(self.members[0].trajectory[-1]).to(images.device)
+        *_, last = (m for m in student.network.modules() if isinstance(m, torch.nn.Linear))
+        seen = []
+        hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        for x in images.split(FORWARD_BATCH):
+            student(x, theta)
+        hook.remove()
+        return torch.cat(seen).float()
 
     def segment(self, expert, epoch, length, device):
         """θ*_t and θ*_{t+M} of an expert, each (P,), for t = `epoch` and M = `length`."""

@@ -309,8 +309,9 @@ def send(tensors, device):
 
 
 def train_epoch(forward, optimizer, train, augment, batches):
-    """Train on drawn batches of `train`, images (N, C, H, W) and labels (N,), a step for each.
+    """Train on drawn batches of `train`, images (N, C, H, W) and labels, a step for each.
 
+    Labels are classes (N,), or probabilities (N, classes), whose likeliest class counts as right.
     Returns their mean loss and accuracy, scalars on the images' device: reading them waits for it.
     """
     images, labels = train
@@ -324,7 +325,8 @@ def train_epoch(forward, optimizer, train, augment, batches):
         loss.backward()
         optimizer.step()
         loss_sum += loss.detach() * len(y)
-        hits += (logits.detach().argmax(1) == y).sum()
+        classes = y if y.dim() == 1 else y.argmax(1)
+        hits += (logits.detach().argmax(1) == classes).sum()
         seen += len(y)
     return loss_sum / seen, hits / seen
 

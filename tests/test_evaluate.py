@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-import evaluation
+import image_sets
 import process
 import utils
 from compilation import Compiler
@@ -94,23 +94,55 @@ def test_scores_follow_their_key(evaluator, data):
 
 
 def test_each_network_may_have_images_of_its_own(evaluator, data):
-    images, labels = evaluation.random_real_sets(data, 1, 2, seed=0)
+    images, labels = image_sets.random_real_sets(data, 1, 2, seed=0)
     assert images.shape == (2, 10, 3, 16, 16) and not torch.equal(*images)
     scores = evaluator(images, labels, 0.01, (0, "key"))
-    of_first = evaluator(images[0], labels, 0.01, (0, "key"))
+    of_first = evaluator(images[0], labels[0], 0.01, (0, "key"))
     assert scores["MLP"].val[0] == of_first["MLP"].val[0]
     assert scores != of_first
 
 
 def test_random_real_images_are_of_their_class_and_follow_their_seed(data):
-    images, labels = evaluation.random_real_sets(data, 2, 3, seed=0)
-    assert labels.tolist() == [label for label in range(10) for _ in range(2)]
+    images, labels = image_sets.random_real_sets(data, 2, 3, seed=0)
+    classes = [label for label in range(10) for _ in range(2)]
+    assert labels.tolist() == [classes] * 3
     of_train = {image.numpy().tobytes(): int(label) for image, label in zip(*data.train)}
     for one in images:
-        assert [of_train[image.numpy().tobytes()] for image in one] == labels.tolist()
+        assert [of_train[image.numpy().tobytes()] for image in one] == classes
         assert len(one.unique(dim=0)) == 20
-    again, other = (evaluation.random_real_sets(data, 2, 3, seed)[0] for seed in (0, 1))
+    again, other = (image_sets.random_real_sets(data, 2, 3, seed)[0] for seed in (0, 1))
     assert torch.equal(images, again) and not torch.equal(images, other)
+
+
+def test_herding_chooses_rows_whose_mean_is_close_to_the_mean_of_all():
+    features = torch.tensor([[0.0], [1.0], [4.5], [3.1], [7.0], [8.4]])  # their mean is 4
+    # 4.5, then 3.1 for a mean of 3.8; a third one near 4.4 would be best.
+    assert image_sets.herding(features, 2) == [2, 3]
+    features = torch.randn(200, 8, generator=seeded(0))
+    chosen = image_sets.herding(features, 20)
+    assert len(set(chosen)) == 20
+    mean = features.mean(0)
+    assert (features[chosen].mean(0) - mean).norm() < 0.2 * (features[:20].mean(0) - mean).norm()
+
+
+def test_k_center_leaves_no_row_far_from_those_it_chooses():
+    features = torch.tensor([[0.0], [1.0], [2.0], [9.0], [10.0], [-5.0]])  # their mean is 2.83
+    assert image_sets.k_center(features, 3) == [2, 4, 5]
+
+
+def test_a_coreset_has_its_images_from_each_class_and_features_of_its_class_alone(data):
+    seen = []
+
+    def features(images):
+        seen.append(images)
+        return images.flatten(1)
+
+    images, labels = image_sets.coreset(data, 2, image_sets.k_center, features)
+    of_train = {image.numpy().tobytes(): int(label) for image, label in zip(*data.train)}
+    assert labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert [of_train[image.numpy().tobytes()] for image in images] == labels.tolist()
+    for label, part in enumerate(seen):
+        assert torch.equal(part, data.train[0][data.train[1] == label])
 
 
 def small_networks():
@@ -126,7 +158,7 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other(eval
         list(evaluator.evaluate_synset(network, network, (x, labels), 0.02, seeded(k)))
     step = partial(sgd_step, ReparamModule(together[0]))
     generators = [seeded(k) for k in range(3)]
-    evaluator.train_together(step, together, (images, labels), 0.02, generators)
+    evaluator.train_together(step, together, (images, labels.expand(3, 7)), 0.02, generators)
     for networks in zip(alone, together, initial):
         for p, q, start in zip(*(network.parameters() for network in networks)):
             assert not torch.equal(p, start)
@@ -184,7 +216,7 @@ def test_networks_trained_together_keep_parameters_aligned_to_16_bytes(evaluator
     assert sum(p.numel() for p in networks[0].parameters()) % 4
     step = partial(sgd_step, ReparamModule(networks[0]))
     generators = [seeded(k) for k in range(3)]
-    train = torch.randn(3, 4, 3, 16, 16), torch.arange(4)
+    train = torch.randn(3, 4, 3, 16, 16), torch.arange(4).expand(3, 4)
     evaluator.train_together(step, networks, train, 0.01, generators)
     for parameter in (p for network in networks for p in network.parameters()):
         assert parameter.storage_offset() * parameter.element_size() % 16 == 0
@@ -369,6 +401,47 @@ def test_random_and_full_are_the_baselines(evaluate, flags):
     out, full = evaluate(*flags, "--evaluate=full", "--num_eval=1", "--batch_train=32")
     assert full["images"] == 160 and "160 training images" in out
     assert max(full["scores"][MODEL]["test"]) > max(record["scores"][MODEL]["test"])
+
+
+@pytest.mark.parametrize("what", ["random", "herding", "k_center"])
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_real_images_are_chosen_and_labelled_by_experts(
+    evaluate, flags, saved, what, labels, monkeypatch
+):
+    sets = []
+    call = Evaluator.__call__
+
+    def spy(self, images, labels, *rest):
+        sets.append((images, labels))
+        return call(self, images, labels, *rest)
+
+    monkeypatch.setattr(Evaluator, "__call__", spy)
+    buffers = f"--buffer_path={saved.parents[2]}"
+    out, record = evaluate(*flags, f"--evaluate={what}", f"--labels={labels}", "--ipc=3", buffers)
+    assert record["images"] == 30 and f"real images ({what})" in out
+    assert ("labelled by the experts" in out) == (labels == "soft")
+    ((images, y),) = sets
+    draws = (2,) if what == "random" else ()
+    assert images.shape == (*draws, 30, 3, 16, 16)
+    assert y.shape == ((*draws, 30, 10) if labels == "soft" else (*draws, 30))
+    if labels == "soft":
+        torch.testing.assert_close(y.sum(-1), torch.ones(*draws, 30))
+        assert y.max() < 1
+
+
+@pytest.mark.parametrize(
+    "given, part",
+    [
+        (["--evaluate=random", "--labels=learned"], "--evaluate=random: hard or soft"),
+        (["--evaluate=elsewhere", "--labels=soft"], "--labels=soft: a saved set has its labels"),
+        (["--evaluate=herding"], "train experts first"),
+        (["--evaluate=random", "--labels=soft"], "train experts first"),
+        (["--evaluate=herding", "--ipc=1000"], "--ipc=1000 is more than the 16 training images"),
+    ],
+)
+def test_sets_that_cannot_be_had_are_refused(refuse, flags, saved, tmp_path, given, part):
+    buffers = saved.parents[2] if "--ipc=1000" in given else tmp_path / "none"
+    refuse(part, *flags, *given, f"--buffer_path={buffers}")
 
 
 def test_a_set_is_exported_for_imagefolder_and_dd_ranking(run_here, saved, tmp_path):

@@ -338,7 +338,7 @@ def test_a_run_on_the_real_loss_needs_no_experts_and_says_what_its_loss_is(
 
 @pytest.mark.parametrize("kind", ["soft", "learned"])
 def test_soft_labels_are_saved_evaluated_and_exported(run_here, specks_run, tmp_path, kind):
-    flags = [*run_flags(specks_run), f"--labels={kind}", "--run_name=mine"]
+    flags = [*run_flags(specks_run), f"--labels={kind}", "--run_name=mine", "--ipc=3"]
     done = run_here("distillation.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("logged_files/*/mine")
