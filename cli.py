@@ -242,6 +242,8 @@ def add_shared_flags(parser, batch_train):
 
 # Flags that say what a command does, and where.
 COMMANDS = {"log_dir", "run_name", "resume", "evaluate", "export", "preset"}
+# Flags that only observe a run, or end it: they may change when it is resumed.
+OBSERVING = {"Iteration", "eval_it", "num_eval", "eval_mode", "epoch_eval_train", "batch_real"}
 # Flags that no result depends on, or that the digests of data and experts stand for.
 WITHOUT_EFFECT = {"data_path", "buffer_path", "im_size", "checkpoint_every", "device"}
 WITHOUT_EFFECT |= {"load_all", "skip_damaged", "force_save", "unroll_memory"}
@@ -262,7 +264,8 @@ def run_settings(args):
         left_out |= {"expert_epochs", "max_start_epoch"}
     if objective and args.labels != "learned":
         left_out |= {"lr_labels"}
-    return {name: value for name, value in vars(args).items() if name not in left_out}
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 
 def run_flags(args):
@@ -272,8 +275,9 @@ def run_flags(args):
 
 
 def default_name(settings):
-    """The name of a run's folder, from the `run_settings` of its flags and of its inputs."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    """The name of a run's folder, from what sets its course: flags and inputs."""
+    course = {name: value for name, value in settings.items() if name not in OBSERVING}
+    digest = hashlib.sha256(json.dumps(course, sort_keys=True).encode()).hexdigest()[:6]
     zca = "_zca" if settings["zca"] else ""
     return f"{settings['model']}_ipc{settings['ipc']}{zca}_seed{settings['seed']}_{digest}"
 
@@ -292,26 +296,26 @@ def wandb_flags(args):
 
 
 MTT_EXPERTS = {"num_experts": 100, "train_epochs": 50, "batch_train": 256, "lr_teacher": 0.01}
-EUROSAT_EXPERTS = {"num_experts": 20, "train_epochs": 8, "batch_train": 128, "lr_teacher": 0.01}
+EUROSAT_EXPERTS = {"num_experts": 16, "train_epochs": 12, "batch_train": 128, "lr_teacher": 0.01}
 
 # MTT's experts see all training images, and its best iteration is chosen on the test set.
 MTT_RULE = {"val_fraction": 0.0}
 CIFAR10 = {"dataset": "CIFAR10"} | MTT_RULE
 CIFAR100 = {"dataset": "CIFAR100"} | MTT_RULE
 TINY = {"dataset": "ImageFolder", "im_size": 64, "model": "ConvNetD4"} | MTT_RULE
-EUROSAT = {"dataset": "EuroSAT"}
+EUROSAT = {"dataset": "EuroSAT", "model": "ConvNetW32"}
 ZCA = {"zca": True}
 
 FLAGS = ("ipc", "syn_steps", "expert_epochs", "max_start_epoch", "lr_img", "lr_lr", "lr_teacher")
-FLAGS += ("batch_syn",)
-TABLE = {  # of both scripts, of the experts, of the distillation: values of FLAGS
+FLAGS += ("batch_syn", "labels")
+TABLE = {  # of both scripts, of the experts, of the distillation: values of FLAGS, None: default
     "cifar10-1": (CIFAR10 | ZCA, MTT_EXPERTS, (1, 50, 2, 2, 100.0, 1e-7, 0.01)),
     "cifar10-10": (CIFAR10 | ZCA, MTT_EXPERTS, (10, 30, 2, 20, 100.0, 1e-5, 0.001)),
     "cifar10-50": (CIFAR10, MTT_EXPERTS, (50, 30, 2, 40, 1000.0, 1e-5, 0.001)),
     "cifar100-1": (CIFAR100 | ZCA, MTT_EXPERTS, (1, 20, 3, 20, 1000.0, 1e-5, 0.01)),
     "cifar100-10": (CIFAR100, MTT_EXPERTS, (10, 20, 2, 20, 1000.0, 1e-5, 0.01)),
     "cifar100-50": (CIFAR100 | ZCA, MTT_EXPERTS, (50, 80, 2, 40, 1000.0, 1e-5, 0.01, 125)),
-    "eurosat-1": (EUROSAT, EUROSAT_EXPERTS, (1, 20, 2, 2, 10000.0, 1e-5, 0.02)),
+    "eurosat-1": (EUROSAT, EUROSAT_EXPERTS, (1, 40, 2, 2, 10000.0, 3e-6, 0.02, None, "learned")),
     "eurosat-10": (EUROSAT, EUROSAT_EXPERTS, (10, 20, 2, 4, 10000.0, 1e-5, 0.02)),
     "eurosat-50": (EUROSAT, EUROSAT_EXPERTS, (50, 20, 2, 5, 10000.0, 1e-5, 0.02, 100)),
     "tiny-1": (TINY, MTT_EXPERTS, (1, 10, 2, 10, 10000.0, 1e-4, 0.01)),
@@ -319,7 +323,10 @@ TABLE = {  # of both scripts, of the experts, of the distillation: values of FLA
     "tiny-50": (TINY, MTT_EXPERTS, (50, 20, 2, 40, 10000.0, 1e-4, 0.01, 300)),
 }
 PRESETS = {
-    name: {"experts": data | experts, "distillation": data | dict(zip(FLAGS, values))}
+    name: {
+        "experts": data | experts,
+        "distillation": data | {k: v for k, v in zip(FLAGS, values) if v is not None},
+    }
     for name, (data, experts, values) in TABLE.items()
 }
 

@@ -76,7 +76,8 @@ def add_flags(parser):
     add("--unroll", choice(UNROLLS), "adjoint", "ENGINE", engines)
     memory = "for activations that need not be computed twice (default: 1/8 of what is free)"
     add("--unroll_memory", not_negative, None, "GB", memory)
-    add("--pix_init", choice(("real", "noise")), "real", "real|noise", "what the images start from")
+    starts = "what the images start from: real ones, noise, or a saved set, with its α and labels"
+    add("--pix_init", image_sets.pix_init, "real", "real|noise|SET", starts)
     kinds = "hard: classes; soft: the experts' probabilities; learned: these, learned"
     add("--labels", choice(LABELS), "hard", "|".join(LABELS), kinds)
     add("--lr_labels", not_negative, 5.0, "RATE", "learning rate of learned labels (logits)")
@@ -128,6 +129,9 @@ def parse_args():
             parser.error(f"--preset={given['preset']}: the run has flags of its own: leave it out")
         # Its α is what the images were learned for; None where it is not saved, as by MTT.
         saved["lr_teacher"] = image_sets.saved_step_size(what)
+    elif isinstance(start := given.get("pix_init"), Path):
+        if alpha := image_sets.saved_step_size(start, "--pix_init"):
+            saved["lr_teacher"] = alpha
     elif what == "full":
         saved = {"epoch_eval_train": 50}  # of real images, an epoch has far more steps
     args = parser.complete(preset, saved, given)
@@ -288,6 +292,7 @@ def open_run(args, inputs, state):
     settings = cli.run_settings(args) | {
         "amp": inputs.compiler.amp,
         "batch_syn": batch_syn_of(args, inputs.data.form),
+        "pix_init": state.source,
         "data": inputs.data.settings["digest"],
         "experts": inputs.experts.digest() if inputs.experts.members else None,
     }
@@ -299,8 +304,12 @@ def open_run(args, inputs, state):
             raise ReportedError(
                 f"another process is working on the run in {folder}: use another --run_name"
             )
-        record = files.start_run(folder, settings, cli.run_flags(args))
+        flags = cli.run_flags(args)
+        record = files.start_run(folder, settings, flags, cli.OBSERVING)
         state.load(folder / CHECKPOINT)
+        check_iterations(args, folder, len(state.losses))
+        files.change_run(folder, record, settings, flags)
+        state.go_on(args.Iteration, inputs.evaluator)
         dashboard = None  # a finished run logs nothing more
         if not state.finished:
             config = settings | {"device": args.device} | process.versions()
@@ -315,6 +324,15 @@ def open_run(args, inputs, state):
             dashboard.finish()
             saved = f"iteration {len(state.losses)} is saved: the same command resumes there"
             raise Stopped(stopped.args[0], saved) from None
+
+
+def check_iterations(args, folder, done):
+    """Raise ReportedError where a run has taken more iterations than it is to have."""
+    if args.Iteration < done:
+        raise ReportedError(
+            f"--Iteration={args.Iteration}: the run in {folder} is at iteration {done} already: "
+            "give more, or start another under another --run_name"
+        )
 
 
 def finish(run, inputs, state):
@@ -346,7 +364,9 @@ def main():
     device = data.train[0].device
     state = State(args, data)
     if args.labels != "hard":
-        logits = inputs.experts.logits(inputs.student, state.image_syn.detach())
+        logits = state.logits
+        if logits is None:
+            logits = inputs.experts.logits(inputs.student, state.image_syn.detach())
         state.soften(logits, args.lr_labels if args.labels == "learned" else None)
     augment = student_augment(args, data.form, inputs.compiler.augmentation(device))
     unroll, advance = make_unroll(args, inputs, state.batch_maker(augment))
@@ -371,10 +391,11 @@ def main():
 
             # Evaluate before the update, as MTT does: iteration 0 is what the images start from.
             due = it % args.eval_it == 0 or it == args.Iteration
-            if due and not state.evaluations.has(it):  # as after a kill before the update
+            if due and not state.evaluations.has(it, evaluator.pool.keys()):  # as after a kill
                 images = state.image_syn.detach()
                 scores = evaluator(images, state.labels, alpha, (args.seed, it))
-                state.evaluations.add(scores, alpha, state.losses, state.seconds)
+                seconds = state.seconds
+                state.evaluations.add(scores, alpha, state.losses, seconds, evaluator.epochs)
                 process.write_line(report.evaluation_lines(state.evaluations.rows[-1]))
                 report.save_images(run, data, state)
                 report.save_results(run, inputs, state)
@@ -418,9 +439,10 @@ def main():
 
         # How much of the gain is due to the learned step size: real images at that α, too.
         best = state.evaluations.best
-        if best["iteration"] and len(state.baselines) == 1:
-            alpha = best["syn_lr"]
-            state.baselines.append(evaluate_real(evaluator, inputs.real_sets, alpha, args.seed))
+        alpha = best["syn_lr"]
+        if best["iteration"] and state.baselines[-1]["syn_lr"] != alpha:
+            real = evaluate_real(evaluator, inputs.real_sets, alpha, args.seed)
+            state.baselines = [state.baselines[0], real]
         finish(run, inputs, state)
 
 

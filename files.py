@@ -7,7 +7,7 @@ import shutil
 import uuid
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import filelock
 import torch
@@ -198,8 +198,8 @@ def read_run(folder):
         ) from None
 
 
-def start_run(folder, settings, flags):
-    """The record of the run in `folder`, new or resumed.
+def start_run(folder, settings, flags, may_change=()):
+    """The record of the run in `folder`, new or resumed; `may_change` names settings.
 
     Raises ReportedError where it was started with other settings.
     """
@@ -207,11 +207,19 @@ def start_run(folder, settings, flags):
     if record is None:
         record = RunRecord(settings, flags, uuid.uuid4().hex[:8])
         write_json(folder / RUN_RECORD, asdict(record))
+        return record
     different = {key for key in settings if record.settings.get(key) != settings[key]}
-    if different == {"experts"}:
+    if different - set(may_change) == {"experts"}:
         raise ReportedError(
             f"{folder} was started with other experts: some were added, removed or retrained. "
             "Use the same (another --buffer_path), or start again under another --run_name"
         )
-    check_record(folder, record.settings, settings, "--run_name")
+    course = {key: value for key, value in settings.items() if key not in may_change}
+    check_record(folder, record.settings, course, "--run_name")
     return record
+
+
+def change_run(folder, record, settings, flags):
+    """Record that a run goes on with other settings."""
+    if record.settings != settings:
+        write_json(folder / RUN_RECORD, asdict(replace(record, settings=settings, flags=flags)))

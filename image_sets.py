@@ -6,7 +6,9 @@ import math
 import os
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import datasets
@@ -17,7 +19,7 @@ import report
 import trajectories
 import utils
 from compilation import Compiler
-from preprocessing import Data, members_of, random_real
+from preprocessing import Data, initial_images, members_of, random_real
 from process import ReportedError, first_line
 from scores import to_json
 
@@ -130,61 +132,173 @@ def expanded(what):
     return Path(os.path.expanduser(what))  # pathlib's raises an error for an unknown user
 
 
-def saved_path(what, name):
-    """The file of a saved set's "images", "labels" or "syn_lr"."""
+class SavedSet(NamedTuple):
+    """What files hold, unchecked; None: there is no such file."""
+
+    images: object
+    labels: object
+    syn_lr: object
+
+
+def find_set(what, flag):
+    """The `SavedSet` that a path names: a run's folder, or a file of this project or of others.
+
+    They are images_*.pt with labels_*.pt and syn_lr_*.pt (this project, MTT) or lr_*.pt (DATM)
+    beside it, dd_ranking.pt (DD-Ranking), and res_*.pt (DC, DM), whose last experiment is taken.
+    Raises ReportedError for what cannot be read.
+    """
     path = expanded(what)
-    path = path / "images_best.pt" if path.is_dir() else path
-    return path.with_name(path.name.replace("images", name, 1))
+    if path.is_dir():
+        exported = path / "dd_ranking.pt"
+        path = path / "images_best.pt"
+        path = exported if exported.exists() and not path.exists() else path
+    content = read_file(path, flag)
+    if isinstance(content, dict) and "image_tensor" in content:
+        labels = content.get("soft_labels", content.get("hard_labels"))
+        return SavedSet(content["image_tensor"], labels, content.get("syn_lr"))
+    if isinstance(content, dict) and is_pair((content.get("data") or [None])[-1]):
+        return SavedSet(*content["data"][-1], None)
+
+    def beside(name):
+        if "images" not in path.name:
+            return None
+        return read_file(path.with_name(path.name.replace("images", name, 1)), flag)
+
+    syn_lr = beside("syn_lr")
+    return SavedSet(content, beside("labels"), beside("lr") if syn_lr is None else syn_lr)
 
 
-def read_tensor(what, name):
-    """One of a saved set's "images", "labels", "syn_lr"; None where there is no such file."""
-    path = saved_path(what, name)
+def is_pair(found):
+    return isinstance(found, (list, tuple)) and len(found) == 2
+
+
+SCALAR = np.float64(0).__reduce__()[0]  # where it is differs between versions of NumPy
+NUMPY_SCALARS = [SCALAR, (SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
+NUMPY_SCALARS += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+
+
+def read_file(path, flag):
+    """What `torch.save` wrote; None where there is no such file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):  # accuracies, in DC's files
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
     except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
-        raise ReportedError(f"--evaluate: {path} cannot be read ({first_line(error)})") from None
+        raise ReportedError(f"{flag}: {path} cannot be read ({first_line(error)})") from None
 
 
-def saved_step_size(what):
+def saved_step_size(what, flag="--evaluate"):
     """The α of a saved set; None where it is not saved, as by MTT.
 
     Raises ReportedError where the file holds something else.
     """
-    syn_lr = read_tensor(what, "syn_lr")
+    syn_lr = find_set(what, flag).syn_lr
     if syn_lr is None:
         return None
-    is_scalar = isinstance(syn_lr, torch.Tensor) and syn_lr.numel() == 1
-    if not (is_scalar and 0 < syn_lr < math.inf):
+    try:
+        alpha = float(syn_lr)
+    except (TypeError, ValueError, RuntimeError):
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
         raise ReportedError(
-            f"--evaluate: the syn_lr_*.pt beside {what} holds no step size, a positive number"
+            f"{flag}: what is saved with {what} as α (syn_lr_*.pt) is no step size, a positive "
+            f"number, but {description(syn_lr)}"
         )
-    return float(syn_lr)
+    return alpha
 
 
-def load_set(what, form):
-    """Images and labels of a saved set, MTT's as well.
+def load_set(what, form, flag="--evaluate"):
+    """Images (N, 3, H, H) float32, and labels, of a saved set: classes, or probabilities.
 
     Raises ReportedError where they are missing, or do not fit this `datasets.Form`.
     """
-    images = read_tensor(what, "images")
-    labels = read_tensor(what, "labels")
-    for name, tensor in (("images", images), ("labels", labels)):
-        if tensor is None:
+    found = find_set(what, flag)
+    for name, part in (("images", found.images), ("labels", found.labels)):
+        if part is None:
+            others = ", ".join(REAL_SETS) if flag == "--evaluate" else "real, noise"
             raise ReportedError(
-                f"--evaluate={what}: {saved_path(what, name)} is not there; name a run's folder, "
-                "or an images_*.pt with labels_*.pt beside it, or random or full"
+                f"{flag}={what}: there are no {name}: name a run's folder, a file images_*.pt with "
+                f"labels_*.pt beside it, dd_ranking.pt, res_*.pt of DC, or {others}"
             )
+    images, labels = as_images(found.images), as_labels(found.labels)
     if not (is_image_set(images, form) and is_label_set(labels, images, form)):
         size, last = form.im_size, form.num_classes - 1
         raise ReportedError(
-            f"--evaluate: {what} holds no synthetic images of these classes: (N, 3, {size}, {size})"
-            f" float32, finite, and labels (N,) int64 from 0 to {last}, or probabilities "
-            f"(N, {last + 1}) float32"
+            f"{flag}: {what} holds no synthetic images of these classes: (N, 3, {size}, {size}) "
+            f"float32, finite, and labels (N,) int64 from 0 to {last}, or probabilities (N, "
+            f"{last + 1}) float32; found images {description(found.images)} and labels "
+            f"{description(found.labels)}"
         )
     return images, labels
+
+
+def as_images(found):
+    """The same in float32, if nothing is lost by it."""
+    return as_float32(found) if isinstance(found, torch.Tensor) else found
+
+
+def as_labels(found):
+    """Classes as int64, probabilities as float32, if nothing is lost by it."""
+    if not isinstance(found, torch.Tensor):
+        return found
+    if found.dim() != 1:
+        return as_float32(found)
+    classes = found.to(torch.int64)
+    return classes if torch.equal(classes.to(found.dtype), found) else found
+
+
+def as_float32(found):
+    if not found.is_floating_point():
+        return found
+    converted = found.detach().float()
+    is_same = torch.equal(converted.to(found.dtype).nan_to_num(), found.nan_to_num())
+    return converted if is_same else found
+
+
+def description(found):
+    """What a file holds, in a few words."""
+    if not isinstance(found, torch.Tensor):
+        return f"a {type(found).__name__}"
+    kind = str(found.dtype).removeprefix("torch.")
+    values = f", {found.min():.4g} to {found.max():.4g}" if found.numel() else ""
+    if found.dim() == 2 and found.is_floating_point():
+        sums = found.sum(1)
+        values += f", rows that sum to {sums.min():.4g} to {sums.max():.4g}"
+    return f"{tuple(found.shape)} {kind}{values}"
+
+
+def pix_init(text):
+    """A value of --pix_init: "real", "noise", or the path of a saved set."""
+    return text if text in ("real", "noise") else expanded(text)
+
+
+def initial_set(args, data, generator):
+    """Images (K, 3, S, S) and labels that a run starts from, and what --pix_init stands for.
+
+    Labels of a saved set may be probabilities. Raises ReportedError where it does not fit.
+    """
+    canvas_size = args.canvas_size if args.texture else 1
+    start = args.pix_init
+    if not isinstance(start, Path):
+        images, labels = initial_images(data, args.ipc, start, canvas_size, generator)
+        return images, labels, start
+    images, labels = load_set(start, data.form, "--pix_init")
+    check_set(start, images, args.texture, data, "--pix_init")
+    classes = labels if labels.dim() == 1 else labels.argmax(1)
+    shape = (args.ipc * data.form.num_classes, 3, *2 * [canvas_size * data.form.im_size])
+    if images.shape != shape:
+        raise ReportedError(
+            f"--pix_init: {start} holds images {tuple(images.shape)}, not {shape}: change --ipc, "
+            "or with --texture --canvas_size"
+        )
+    if labels is not classes and args.labels == "hard":
+        raise ReportedError(
+            f"--pix_init: the labels of {start} are probabilities: add --labels=soft or learned"
+        )
+    digest = hashlib.sha256(images.numpy())
+    digest.update(labels.numpy())
+    return images, labels, f"set {digest.hexdigest()[:16]}"
 
 
 def is_image_set(images, form):
@@ -207,7 +321,7 @@ def is_label_set(labels, images, form):
     return labels.shape == images.shape[:1] and 0 <= labels.min() <= labels.max() < form.num_classes
 
 
-def check_set(what, images, texture, data: Data):
+def check_set(what, images, texture, data: Data, flag="--evaluate"):
     """Raise ReportedError where images were made for other data, or need --texture."""
     folder = saved_folder(what)
     if record := files.read_run(folder):  # MTT's sets have none
@@ -216,7 +330,7 @@ def check_set(what, images, texture, data: Data):
         files.check_record(folder, record.settings, now, "set")
     if images.shape[2] != data.form.im_size and not texture:
         raise ReportedError(
-            f"--evaluate: the images of {what} have {images.shape[2]} pixels a side, not "
+            f"{flag}: the images of {what} have {images.shape[2]} pixels a side, not "
             f"{data.form.im_size}: canvases need --texture"
         )
 

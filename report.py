@@ -217,7 +217,7 @@ def save_animation(folder):
 
 def save_curves(run, state):
     """`curves.png`: accuracy, matching loss and α against the iteration."""
-    rows = state.evaluations.rows
+    rows = state.evaluations.comparable
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     ipc, seed = run.settings["ipc"], run.settings["seed"]
     figure.suptitle(f"{run_title(run)}, images per class: {ipc}, seed {seed}")
@@ -240,7 +240,8 @@ def plot_accuracy(axis, rows, baselines):
             values = [getattr(row["scores"][network], part) for row in rows]
             if not values[0]:
                 continue
-            mean, std = 100 * np.mean(values, 1), 100 * np.std(values, 1)
+            mean = np.array([100 * np.mean(accuracies) for accuracies in values])
+            std = np.array([100 * np.std(accuracies) for accuracies in values])
             label = f"{network}, {name}"
             axis.plot(iterations, mean, style, color=color, marker=".", label=label)
             band = {"color": color, "alpha": 0.12, "linewidth": 0}
@@ -365,7 +366,7 @@ def logged_in():
 
 def evaluation_log(run, data, state, force_save):
     """MTT's keys for the latest evaluation, and where they are kept, for the images."""
-    log = score_log(state.evaluations.rows)
+    log = score_log(state.evaluations.comparable)
     if is_kept(run, state):
         images, labels = state.image_syn.detach().cpu(), state.label_syn.cpu()
         log["Pixels"] = wandb.Histogram(images)

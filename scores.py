@@ -45,9 +45,15 @@ class Evaluations:
         self.rows = list(rows)
 
     @property
+    def comparable(self):
+        """The evaluations of the same networks as the latest one."""
+        names = self.rows[-1]["scores"].keys()
+        return [row for row in self.rows if row["scores"].keys() == names]
+
+    @property
     def best(self):
-        """The evaluation with the highest selection accuracy, the first of several."""
-        return max(self.rows, key=lambda row: mean_selection_accuracy(row["scores"]))
+        """The comparable evaluation with the highest selection accuracy, the first of several."""
+        return max(self.comparable, key=lambda row: mean_selection_accuracy(row["scores"]))
 
     @property
     def best_accuracy(self):
@@ -58,17 +64,20 @@ class Evaluations:
     def latest_is_best(self):
         return self.best is self.rows[-1]
 
-    def has(self, iteration):
-        return any(row["iteration"] == iteration for row in self.rows)
+    def has(self, iteration, names):
+        """Whether the networks called `names` were evaluated at an iteration."""
+        at = (row["scores"].keys() for row in self.rows if row["iteration"] == iteration)
+        return any(of_row == names for of_row in at)
 
-    def add(self, scores, syn_lr, losses, seconds):
-        """Add the evaluation that follows the iterations with these `losses`."""
+    def add(self, scores, syn_lr, losses, seconds, epochs):
+        """Add the evaluation, by networks of so many epochs, after iterations with these losses."""
         recent = losses[self.rows[-1]["iteration"] if self.rows else 0 :]
         row = {
             "iteration": len(losses),
             "syn_lr": syn_lr,
             "loss": float(np.mean(recent)) if recent else None,  # mean since the last evaluation
             "seconds": round(seconds, 1),
+            "epochs": epochs,
             "scores": scores,
         }
         self.rows.append(row)

@@ -7,7 +7,8 @@ import torch
 
 import files
 import utils
-from preprocessing import Data, initial_images
+from image_sets import initial_set
+from preprocessing import Data
 from process import ReportedError, first_line
 from scores import Evaluations, from_json, to_json
 
@@ -25,6 +26,7 @@ class State:
     logits       what their labels are the softmax of, (K, classes); None: the classes themselves
     syn_lr       α, a scalar; alpha: its value
     random       the generator of all draws but those of evaluations
+    source       what the images start from: "real", "noise", or a saved set's digest
     losses       the objective in each iteration so far
     evaluations  of the synthetic images
     baselines    evaluations of random real images, at the initial α and at the best one
@@ -35,11 +37,12 @@ class State:
         device = data.train[0].device
         # One stream for images, segments and batches: a checkpoint keeps where it stands.
         self.random = utils.make_generator("distillation", args.seed)
-        canvas_size = args.canvas_size if args.texture else 1
-        images, labels = initial_images(data, args.ipc, args.pix_init, canvas_size, self.random)
-        self.image_syn = images.to(device).requires_grad_(True)
-        self.label_syn = labels.to(device)
-        self.logits = None
+        images, labels, self.source = initial_set(args, data, self.random)
+        images, labels = images.to(device), labels.to(device)
+        self.image_syn = images.requires_grad_(True)
+        is_soft = labels.dim() == 2
+        self.label_syn = labels.argmax(1) if is_soft else labels
+        self.logits = labels.clamp(min=1e-12).log() if is_soft else None
         self.syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # ()
         self.alpha = self.syn_lr.item()
         self.optimizers = [
@@ -118,6 +121,12 @@ class State:
         return [
             g * (limit / norm.clamp(min=1e-30)) for g, limit, norm in zip(gradients, limits, norms)
         ]
+
+    def go_on(self, iterations, evaluator):
+        """Take up a run that may have been finished, and may be evaluated in another way."""
+        self.finished &= len(self.losses) == iterations
+        if self.baselines and self.baselines[0]["scores"].keys() != evaluator.pool.keys():
+            self.baselines = []  # they are for networks that are trained no more
 
     def save(self, path):
         content = {

@@ -174,7 +174,7 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--Iteration=-1", ["--Iteration", "-1", "at least 0"]),
     (DISTILLATION, "--Iteration=x", ["--Iteration", "x", "whole number"]),
     (DISTILLATION, "--ipc=4", ["--ipc=4", "3 training images", "AnnualCrop", "lower it"]),
-    (DISTILLATION, "--pix_init=zeros", ["--pix_init", "zeros", "noise"]),
+    (DISTILLATION, "--pix_init=zeros", ["--pix_init", "zeros", "there are no images"]),
     (DISTILLATION, "--batch_syn=11", ["--batch_syn=11", "10 synthetic images"]),
     (DISTILLATION, "--val_fraction=0.2", ["val_fraction=0.5 (here 0.2)", "--buffer_path"]),
     (

@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torchvision.datasets import ImageFolder
@@ -248,7 +249,7 @@ def test_a_pool_with_a_step_trains_its_networks_together(evaluator, data):
 def test_validation_images_choose_the_best_iteration_and_test_images_only_without_any(val, best):
     evaluations = Evaluations()
     for it, test in enumerate((0.9, 0.3, 0.95)):
-        evaluations.add({"net": Scores(val[it], [test])}, 0.01, [1.0] * it, seconds=0.0)
+        evaluations.add({"net": Scores(val[it], [test])}, 0.01, [1.0] * it, seconds=0.0, epochs=1)
     assert evaluations.best["iteration"] == best
     assert evaluations.latest_is_best == (best == 2)
 
@@ -257,7 +258,7 @@ def test_the_best_iteration_has_the_highest_mean_of_all_networks():
     evaluations = Evaluations()
     for it, (one, other) in enumerate([(0.2, 0.6), (0.45, 0.45), (0.8, 0.0)]):
         scores = {"one": Scores([one, one], [0.0, 0.0]), "other": Scores([other], [0.0])}
-        evaluations.add(scores, 0.01, [1.0] * it, seconds=0.0)
+        evaluations.add(scores, 0.01, [1.0] * it, seconds=0.0, epochs=1)
     assert evaluations.best["iteration"] == 1
 
 
@@ -266,10 +267,11 @@ def test_an_evaluation_has_the_mean_loss_since_the_one_before():
     losses = []
     for more in ([], [0.5], [0.25, 0.75]):
         losses += more
-        evaluations.add({"net": Scores([0.1], [0.1])}, 0.01, losses, seconds=1.26)
+        evaluations.add({"net": Scores([0.1], [0.1])}, 0.01, losses, seconds=1.26, epochs=1)
     assert [row["loss"] for row in evaluations.rows] == [None, 0.5, 0.5]
     assert [row["iteration"] for row in evaluations.rows] == [0, 1, 3]
-    assert evaluations.has(3) and not evaluations.has(2)
+    assert evaluations.has(3, {"net"}) and not evaluations.has(2, {"net"})
+    assert not evaluations.has(3, {"net", "other"})
 
 
 def test_scores_survive_their_file():
@@ -457,6 +459,40 @@ def test_a_set_is_exported_for_imagefolder_and_dd_ranking(run_here, saved, tmp_p
     assert content["syn_lr"] == load(saved / "syn_lr_best.pt").item()
 
 
+def test_the_projects_own_export_scores_as_the_set_that_it_was_made_of(
+    run_here, evaluate, flags, saved, tmp_path
+):
+    out = tmp_path / "exported"
+    done = run_here(SCRIPT, f"--evaluate={saved}", f"--export={out}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, ours = evaluate(*flags, f"--evaluate={saved}")
+    for name in (out, out / "dd_ranking.pt"):
+        _, theirs = evaluate(*flags, f"--evaluate={name}")
+        assert theirs["scores"] == ours["scores"] and theirs["syn_lr"] == ours["syn_lr"]
+
+
+def test_sets_of_other_tools_are_read(evaluate, refuse, flags, tmp_path):
+    """DC's and DM's file with numpy's accuracies, DATM's name of α, other types of numbers."""
+    pairs = [[torch.zeros(10, 3, 16, 16), LABELS], [IMAGES, LABELS]]
+    accuracies = {"ConvNet": [np.float64(0.5), np.float32(0.5)]}
+    torch.save({"data": pairs, "accs_all_exps": accuracies}, tmp_path / "res_DC.pt")
+    _, last = evaluate(*flags, f"--evaluate={tmp_path / 'res_DC.pt'}", "--lr_teacher=0.01")
+
+    torch.save(IMAGES, tmp_path / "images_best.pt")
+    torch.save(LABELS.double(), tmp_path / "labels_best.pt")
+    torch.save(0.01, tmp_path / "lr_best.pt")
+    _, bare = evaluate(*flags, f"--evaluate={tmp_path}")
+    assert bare["scores"] == last["scores"] and bare["syn_lr"] == 0.01
+
+    torch.save(IMAGES.half(), tmp_path / "images_best.pt")
+    torch.save(torch.eye(10), tmp_path / "labels_best.pt")
+    _, soft = evaluate(*flags, f"--evaluate={tmp_path}")
+    assert soft["images"] == 10
+
+    torch.save(IMAGES, tmp_path / "syn.pt")
+    refuse("there are no labels: name a run", *flags, f"--evaluate={tmp_path / 'syn.pt'}")
+
+
 # --------------------------------------------------------------------------------------------------
 # What cannot be evaluated
 
@@ -477,12 +513,14 @@ IMAGES, LABELS = torch.zeros(10, 3, 16, 16), torch.arange(10)
         (torch.zeros(10, 3, 16, 20), LABELS),
         (torch.zeros(0, 3, 16, 16), torch.arange(0)),
         (torch.full((10, 3, 16, 16), torch.nan), LABELS),
-        (IMAGES.double(), LABELS),
+        (IMAGES.double() + 1e-12, LABELS),  # float32 cannot hold it
+        ((255 * IMAGES).byte(), LABELS),
         ([1, 2], LABELS),
         (IMAGES, torch.arange(9)),
         (IMAGES, LABELS + 1),
         (IMAGES, LABELS - 1),
-        (IMAGES, torch.zeros(10)),
+        (IMAGES, LABELS + 0.5),
+        (IMAGES, torch.ones(10, 10)),  # logits
     ],
 )
 def test_foreign_tensors_are_refused(refuse, flags, images, labels, tmp_path):
@@ -499,7 +537,7 @@ def test_a_saved_step_size_that_is_none_is_refused(refuse, flags, syn_lr, tmp_pa
     torch.save(IMAGES, tmp_path / "images_best.pt")
     torch.save(LABELS, tmp_path / "labels_best.pt")
     torch.save(syn_lr, tmp_path / "syn_lr_best.pt")
-    refuse("holds no step size", *flags, f"--evaluate={tmp_path}")
+    refuse("is no step size", *flags, f"--evaluate={tmp_path}")
 
 
 def test_a_file_that_is_no_tensor_is_named(refuse, flags, tmp_path):

@@ -5,6 +5,7 @@ processes are forked from one that has imported torch. `make soak` kills them at
 """
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -183,7 +184,7 @@ def test_networks_that_are_trained_together_stop_within_an_epoch():
         steps.append(rate)
         return thetas, momenta
 
-    images, labels = torch.zeros(1, 20, 3, 8, 8), torch.zeros(20, dtype=torch.int64)
+    images, labels = torch.zeros(1, 20, 3, 8, 8), torch.zeros(1, 20, dtype=torch.int64)
     with stop, pytest.raises(Stopped):
         evaluator.train_together(step, [network], (images, labels), 0.01, [random])
     assert len(steps) == 2  # the batches of an epoch
@@ -214,6 +215,69 @@ def test_a_finished_run_is_only_reported_again(finish, specks_run, undisturbed):
     assert "finished before, at iteration 9" in out
     assert "Best iteration" in out and "iteration network" not in out
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("how", ["by name", "by folder"])
+def test_a_finished_run_goes_on_with_more_iterations(
+    finish, start, specks_run, undisturbed, tmp_path, how
+):
+    finish(DISTILLATION, *specks_run, "--Iteration=6", cwd=tmp_path)
+    names = [*specks_run, "--Iteration=9"]
+    folder = [f"--resume={folder_of(tmp_path)}", "--Iteration=9", "--wandb_mode=disabled"]
+    finish(DISTILLATION, *(names if how == "by name" else folder), cwd=tmp_path)
+    for path in folder_of(tmp_path).glob("*_6.pt"):  # kept, since they were the last
+        path.unlink()
+    assert_same(tmp_path, undisturbed)
+    process = start(DISTILLATION, *specks_run, "--Iteration=5", cwd=tmp_path)
+    assert process.wait() == 2
+    *_, line = process.output().splitlines()
+    assert "--Iteration=5: the run in" in line and "is at iteration 9 already: give more" in line
+
+
+def test_a_resumed_run_may_be_evaluated_in_another_way(finish, specks_run, tmp_path):
+    finish(DISTILLATION, *specks_run, "--Iteration=2", "--eval_it=2", cwd=tmp_path)
+    more = ["--Iteration=4", "--eval_it=1", "--num_eval=3", "--epoch_eval_train=2"]
+    out = finish(DISTILLATION, *specks_run, *more, "--eval_mode=M", cwd=tmp_path)
+    results = json.loads((folder_of(tmp_path) / "results.json").read_text())
+    seen = [(row["iteration"], row["epochs"], len(row["scores"])) for row in results["evaluations"]]
+    assert [row[2] for row in seen] == [1, 1, 2, 2, 2]
+    assert [row[0] for row in seen] == [0, 2, 2, 3, 4] and seen[-1][1] == 2 != seen[0][1]
+    assert all(len(s["test"]) == 3 for s in results["evaluations"][-1]["scores"].values())
+    assert results["settings"]["eval_it"] == 1 and results["best_iteration"] >= 2
+    record = json.loads((folder_of(tmp_path) / "run.json").read_text())
+    assert record["settings"]["num_eval"] == record["flags"]["num_eval"] == 3
+    assert "MLP" in out
+
+
+def test_a_run_starts_from_another_ones_images_labels_and_step_size(
+    finish, start, specks_run, undisturbed, tmp_path
+):
+    source = folder_of(undisturbed)
+    best, alpha = (
+        torch.load(source / f"{name}_best.pt", weights_only=True) for name in ("images", "syn_lr")
+    )
+    flags = [*specks_run, "--lr_img=3", f"--pix_init={source}"]
+    flags = [flag for flag in flags if not flag.startswith("--lr_teacher")]
+    finish(DISTILLATION, *flags, "--Iteration=0", cwd=tmp_path)
+    first = torch.load(folder_of(tmp_path) / "images_0.pt", weights_only=True)
+    assert torch.equal(first, best)
+    assert torch.load(folder_of(tmp_path) / "syn_lr_0.pt", weights_only=True) == alpha
+    settings = json.loads((folder_of(tmp_path) / "run.json").read_text())["settings"]
+    assert settings["pix_init"].startswith("set ")
+
+    process = start(DISTILLATION, *flags, "--ipc=2", "--run_name=other", cwd=tmp_path)
+    assert process.wait() == 2
+    assert "change --ipc" in process.output().splitlines()[-1]
+    torch.save(torch.tensor([[0.5, 0.5], [0.1, 0.9]]), tmp_path / "labels_soft.pt")
+    shutil.copy(source / "images_best.pt", tmp_path / "images_soft.pt")
+    soft = [*specks_run, f"--pix_init={tmp_path / 'images_soft.pt'}", "--run_name=soft"]
+    process = start(DISTILLATION, *soft, cwd=tmp_path)
+    assert process.wait() == 2
+    assert "are probabilities: add --labels=soft" in process.output().splitlines()[-1]
+    finish(DISTILLATION, *soft, "--labels=learned", "--Iteration=0", cwd=tmp_path)
+    (labels,) = tmp_path.glob("logged_files/*/soft/labels_0.pt")
+    expected = torch.load(tmp_path / "labels_soft.pt", weights_only=True)
+    torch.testing.assert_close(torch.load(labels, weights_only=True), expected)
 
 
 @pytest.mark.parametrize("how", ["--run_name=run", "--resume=logged_files/ImageFolder/run"])

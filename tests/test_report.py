@@ -22,7 +22,7 @@ def evaluations(*tests, val=True):
     rows = Evaluations()
     for it, accuracies in enumerate(tests):
         scores = Scores(list(accuracies) if val else [], list(accuracies), [[0.5, 1.0]] * 2)
-        rows.add({"MLP": scores}, 0.01 + it / 1000, [0.9] * it, seconds=3661.0 * it)
+        rows.add({"MLP": scores}, 0.01 + it / 1000, [0.9] * it, seconds=3661.0 * it, epochs=1)
     return rows
 
 
@@ -244,7 +244,7 @@ def test_wandb_is_told_the_latest_accuracy_and_that_of_the_best(val):
 def test_the_best_on_wandb_is_chosen_on_the_validation_images():
     rows = Evaluations()
     for val, test in ((0.5, 0.9), (0.6, 0.3)):
-        rows.add({"MLP": Scores([val], [test])}, 0.01, [], seconds=0)
+        rows.add({"MLP": Scores([val], [test])}, 0.01, [], seconds=0, epochs=1)
     assert report.score_log(rows.rows)["Max_Accuracy/MLP"] == 0.3
     assert "Loss" not in report.score_log(rows.rows[:1])
 
