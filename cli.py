@@ -78,6 +78,16 @@ def choice(names):
     return parse
 
 
+def dataset(text):
+    """The name of a data set."""
+    if text not in DATASETS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is unknown: choose from {', '.join(DATASETS)}; ImageFolder reads any folder "
+            "of class folders (Tiny ImageNet: --preset=tiny-1)"
+        )
+    return text
+
+
 def model(text):
     """The full name of a network."""
     return ALIASES.get(text, text)
@@ -200,7 +210,7 @@ def add_shared_flags(parser, batch_train):
     add = parser.topic("data")
     names = ", ".join(PRESETS)
     add("--preset", choice(PRESETS), None, "NAME", f"settings by name, other flags win: {names}")
-    add("--dataset", choice(DATASETS), "EuroSAT", "NAME", ", ".join(DATASETS))
+    add("--dataset", dataset, "EuroSAT", "NAME", ", ".join(DATASETS))
     add("--data_path", folder_path, Path("data"), "DIR", "folder of the data set and of its caches")
     side = number(int, 2, below=4097)
     size = f"side of the images of ImageFolder, ToySAT (default: {IM_SIZE})"

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import re
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -88,44 +90,82 @@ def read_pictures(listing, cache, im_size, crop=False):
 
 
 def decode_pictures(paths, im_size, crop):
-    """Picture files as uint8 (N, 3, im_size, im_size), decoded in parallel.
+    """Picture files as uint8 (N, 3, im_size, im_size), decoded in parallel, turned as EXIF says.
 
     Those of another size are scaled to cover that square, and their centre is taken (`crop`), or
-    refused with a ReportedError.
+    refused with a ReportedError. Warns of what is left out of them.
     """
     images = torch.empty(len(paths), 3, im_size, im_size, dtype=torch.uint8)
 
     def decode(index):
         try:
             with Image.open(paths[index]) as image:
-                fault = picture_fault(image, im_size, crop)
+                fault, losses = picture_fault(image, im_size, crop), losses_of(image)
                 if not fault:
                     square = (im_size, im_size)
-                    image = ImageOps.fit(image.convert("RGB"), square, Image.Resampling.BILINEAR)
+                    image = ImageOps.exif_transpose(image).convert("RGB")
+                    image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)
                     pixels = torch.from_numpy(np.array(image))  # (H, W, 3)
                     images[index] = pixels.permute(2, 0, 1)
         except Exception as error:  # Pillow raises whatever a damaged file's bytes trigger
-            fault = f"cannot be decoded ({first_line(error)})"
+            fault = f"cannot be decoded ({first_line(error)}): replace it"
         if fault:
-            raise ReportedError(f"{paths[index]} {fault}: replace it")
+            raise ReportedError(f"{paths[index]} {fault}")
+        return losses
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders release Python's lock
+    lost = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        # Pillow's decoders release Python's lock. Its own warnings do not name the file.
+        warnings.simplefilter("ignore")
         done = pool.map(decode, range(len(paths)))
-        for _ in progress(done, total=len(paths), desc="decoding pictures", unit="images"):
-            pass
+        done = progress(done, total=len(paths), desc="decoding pictures", unit="images")
+        for path, losses in zip(paths, done):
+            for loss in losses:
+                lost.setdefault(loss, []).append(path)
+    for loss, of in lost.items():
+        warnings.warn(f"{len(of)} of {len(paths)} pictures {loss}, {of[0]} for one")
     return images
 
 
 def picture_fault(image, im_size, crop):
-    """Why an opened picture is not taken; None: it is. Nothing is decoded yet."""
+    """Why an opened picture is not taken, and the remedy; None: it is. Nothing is decoded yet."""
     size = f"is {image.width}x{image.height} pixels"
     if image.size != (im_size, im_size) and not crop:
-        return f"{size}, not {im_size}x{im_size}"
+        return f"{size}, not {im_size}x{im_size}: replace it"
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a few bytes can hold gigabytes
-        return f"{size}, more than is safe to decode"
-    if image.mode.startswith(("I", "F")):
-        return f"has more than 8 bits per channel (mode {image.mode}); convert it"
+        return f"{size}, more than is safe to decode: replace it"
+    if depth := depth_of(image):
+        return f"has {depth} per channel: scale its values to 8 bits and save it again"
     return None
+
+
+def depth_of(image):
+    """What an opened picture has instead of 8 bits per channel, in words; None: 8 bits or fewer.
+
+    Of colours with 16 bits Pillow keeps the high byte, and does not say so: its mode is RGB. What
+    the file holds is in the decoder's arguments, as "RGB;16B".
+    """
+    if image.mode.startswith("F"):
+        return "floating-point values"
+    if image.mode.startswith("I"):
+        return "more than 8 bits"
+    for _, _, _, arguments in image.tile:
+        parts = arguments if isinstance(arguments, tuple) else (arguments,)
+        if any(isinstance(part, str) and re.search(r";(16|12|32)", part) for part in parts):
+            return "16 bits"
+        if image.format == "PPM" and any(isinstance(p, int) and p > 255 for p in parts):
+            return "16 bits"
+    return None
+
+
+def losses_of(image):
+    """What is left out of an opened picture, each in words."""
+    losses = []
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        losses.append("have an alpha channel, which is left out")
+    if getattr(image, "n_frames", 1) > 1:
+        losses.append("hold several frames, of which the first is taken")
+    return losses
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,8 +184,9 @@ CLASS_NAMES = (
     "SeaLake",
 )
 IM_SIZE = 64
-EUROSAT_FOLDERS = (".", "2750", "EuroSAT_RGB", "eurosat/2750")
-EUROSAT_ARCHIVES = ("EuroSAT.zip", "EuroSAT_RGB.zip")
+EUROSAT_SIZE = 27_000  # images
+EUROSAT_FOLDERS = (".", "2750", "EuroSAT_RGB", "EuroSAT", "EuroSAT/2750", "eurosat/2750")
+EUROSAT_ARCHIVES = ("EuroSAT.zip", "EuroSAT_RGB.zip")  # in any case
 EUROSAT_CACHE = "eurosat_cache.pt"
 ARCHIVE_LIMIT = 2 * 10**9  # bytes that an archive may unpack to
 
@@ -162,6 +203,8 @@ def load_eurosat(data_path):
         names = list_jpegs(folder, name)
         paths += names
         labels += [label] * len(names)
+    if len(paths) != EUROSAT_SIZE:
+        warnings.warn(f"{folder} holds {len(paths)} images, EuroSAT has {EUROSAT_SIZE}")
     listing = Listing(folder, paths, labels, CLASS_NAMES)
     return read_pictures(listing, data_path / EUROSAT_CACHE, IM_SIZE)
 
@@ -170,10 +213,9 @@ def find_eurosat(data_path):
     """The folder of EuroSAT's class folders below `data_path`, unpacked or downloaded first."""
     if folder := class_parent(data_path):
         return folder
-    for archive in (data_path / name for name in EUROSAT_ARCHIVES):
-        if archive.is_file():
-            unpack_eurosat(archive)
-            return class_parent(data_path)
+    if archive := find_archive(data_path):
+        unpack_eurosat(archive)
+        return class_parent(data_path)
     print(f"EuroSAT is not in {data_path}; downloading it (90 MB)", flush=True)
     try:
         return download_eurosat(data_path)
@@ -190,9 +232,27 @@ def find_eurosat(data_path):
 def class_parent(data_path):
     """The folder that has class folders, if there is one."""
     for folder in (data_path / name for name in EUROSAT_FOLDERS):
-        if any((folder / name).is_dir() for name in CLASS_NAMES):
+        if class_folders(folder):
             return folder
     return None
+
+
+def class_folders(folder):
+    """The names of the folders of EuroSAT's classes in a folder, in any case, by class."""
+    if not folder.is_dir():
+        return {}
+    lower = {name.lower(): name for name in CLASS_NAMES}
+    names = (entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return {lower[name.lower()]: name for name in names if name.lower() in lower}
+
+
+def find_archive(data_path):
+    """EuroSAT's archive in a folder; None: there is none."""
+    if not data_path.is_dir():
+        return None
+    wanted = [name.lower() for name in EUROSAT_ARCHIVES]
+    found = (p for p in sorted(data_path.iterdir()) if p.name.lower() in wanted and p.is_file())
+    return next(found, None)
 
 
 def download_eurosat(data_path):
@@ -223,25 +283,31 @@ def unpack_eurosat(archive):
         # zipfile raises RuntimeError for an encrypted archive.
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
             raise ReportedError(f"{archive} cannot be unpacked ({error}): fetch it again") from None
-        if not any(unpacked.iterdir()):
+        missing = [name for name in CLASS_NAMES if not (unpacked / name).is_dir()]
+        if missing:
             raise ReportedError(
-                f"{archive} holds none of EuroSAT's classes: is it the RGB archive?"
+                f"{archive} lacks JPEGs of {len(missing)} of EuroSAT's {len(CLASS_NAMES)} classes "
+                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): is it the RGB "
+                "archive, and whole? Nothing was unpacked"
             )
         os.replace(unpacked, archive.parent / "2750")  # whole or not at all
 
 
 def unpack_jpegs(zipped, target):
     """Unpack JPEGs in class folders by their last two names; no other part of a path is used."""
-    members = [m for m in zipped.infolist() if is_jpeg(Path(m.filename).name)]
-    size = sum(member.file_size for member in members)  # zipfile reads no more than that
+    # Some tools write backslashes.
+    named = [(member.filename.replace("\\", "/"), member) for member in zipped.infolist()]
+    members = {name: member for name, member in named if is_jpeg(name.rpartition("/")[2])}
+    size = sum(member.file_size for member in members.values())  # zipfile reads no more than that
     if size > ARCHIVE_LIMIT:
         raise ReportedError(
             f"{zipped.filename} unpacks to {size / 1e9:.0f} GB, EuroSAT to 0.1: fetch it again"
         )
-    for member in progress(members, desc="unpacking EuroSAT", unit="images"):
-        *_, folder, name = ("", *member.filename.split("/"))
-        if folder in CLASS_NAMES:
-            path = target / folder / name
+    lower = {name.lower(): name for name in CLASS_NAMES}
+    for full_name, member in progress(members.items(), desc="unpacking EuroSAT", unit="images"):
+        *_, folder, name = ("", *full_name.split("/"))
+        if folder.lower() in lower:
+            path = target / lower[folder.lower()] / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(zipped.read(member))
 
@@ -253,14 +319,22 @@ def is_jpeg(name):
 
 def list_jpegs(folder, name):
     """Sorted paths, relative to `folder`, of the JPEGs of class `name`."""
-    place = folder / name
-    if not place.is_dir():
+    place = class_folders(folder).get(name)
+    if not place:
         raise ReportedError(
-            f"class folder {place} is missing: EuroSAT has {len(CLASS_NAMES)}, unpack it again"
+            f"class folder {folder / name} is missing: EuroSAT has {len(CLASS_NAMES)}, unpack it "
+            "again"
         )
-    names = sorted(f"{name}/{entry.name}" for entry in os.scandir(place) if is_jpeg(entry.name))
+    others = [entry.name for entry in os.scandir(folder / place)]
+    names = sorted(f"{place}/{entry}" for entry in others if is_jpeg(entry))
     if not names:
-        raise ReportedError(f"class folder {place} holds no JPEG: unpack EuroSAT again")
+        kinds = {Path(entry).suffix.lower() for entry in others}
+        found = "holds no JPEG: unpack EuroSAT again"
+        if kinds & {".tif", ".tiff"}:
+            found = "holds TIFFs, as EuroSAT-MS with its 13 bands: fetch the RGB archive"
+        elif ".png" in kinds:
+            found = "holds PNGs: read them by --dataset=ImageFolder --im_size=64"
+        raise ReportedError(f"class folder {folder / place} {found}")
     return names
 
 
@@ -325,6 +399,9 @@ def load_image_folder(data_path, im_size):
     return read_pictures(listing, cache, im_size, crop=True)
 
 
+OTHER_PICTURES = (".gif", ".jp2", ".j2k", ".jfif", ".heic", ".avif")
+
+
 def list_pictures(data_path, part, classes):
     """Paths relative to `data_path`, and labels, of the pictures below its subfolder `part`.
 
@@ -338,7 +415,18 @@ def list_pictures(data_path, part, classes):
         is_hidden = any(name.startswith(".") for name in names)
         return path.lower().endswith(folder.IMG_EXTENSIONS) and not is_hidden
 
+    def looks_like_one(path):
+        return path.lower().endswith(OTHER_PICTURES)
+
     labels_of = {name: label for label, name in enumerate(classes)}
+    place = data_path / part
+    others = folder.make_dataset(place, labels_of, is_valid_file=looks_like_one, allow_empty=True)
+    if others:
+        kinds = ", ".join(sorted({Path(path).suffix.lower() for path, _ in others}))
+        warnings.warn(
+            f"{len(others)} pictures below {place} are left out ({kinds}): convert them to PNG if "
+            "they are meant"
+        )
     try:
         samples = folder.make_dataset(data_path / part, labels_of, is_valid_file=is_picture)
     except FileNotFoundError as error:  # a class without pictures
@@ -435,10 +523,11 @@ def form_of(dataset, data_path, im_size):
     return Form(num_classes, im_size or source.im_size)
 
 
-def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
+def load_data(dataset, data_path, zca, val_fraction, device, im_size=None, check=None):
     """Load, split and preprocess a data set of `DATASETS`.
 
-    Raises ReportedError where it cannot be had.
+    `check` is called with the settings, and may raise, before minutes of whitening. Raises
+    ReportedError where the data cannot be had.
     """
     source = DATASETS[dataset]
     form = form_of(dataset, data_path, im_size)
@@ -450,12 +539,16 @@ def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
     whitening = None
     if zca:
         settings["zca_eps"] = ZCA_EPS
+        if check:
+            check(settings)
         key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
         with files.locked(data_path, reader=True):  # one process whitens, others read its cache
             images, whitening = whiten(raw.images, split.train, data_path / f"zca_{key}.pt", device)
     else:
         mean, std = source.statistics or channel_statistics(raw.images[split.train])
         settings |= {"mean": mean, "std": std}
+        if check:
+            check(settings)
         shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         images = raw.images.float().div_(255).sub_(shift).div_(scale)
     parts = [

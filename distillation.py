@@ -154,6 +154,9 @@ def parse_args():
 def check_commands(parser, given):
     """Refuse flags that contradict each other."""
     if "resume" in given:
+        if given["resume"].is_file():
+            folder = given["resume"].parent
+            parser.error(f"--resume={given['resume']} is a file: name the run's folder, {folder}")
         for name in ("run_name", "log_dir", "evaluate", "preset"):
             if name in given:
                 parser.error(f"--resume and --{name} exclude each other: leave one out")
@@ -199,9 +202,14 @@ def load_inputs(args):
     # Minutes, where images are whitened for the first time.
     print(process.describe(device, compiler.amp), flush=True)
     data = datasets.load_data(
-        args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
+        args.dataset,
+        args.data_path,
+        args.zca,
+        args.val_fraction,
+        device,
+        args.im_size,
+        check=lambda settings: experts.check_settings(settings | {"model": args.model}),
     )
-    experts.check_settings(data.settings | {"model": args.model})
     real_sets = image_sets.random_real_sets(data, args.ipc, args.num_eval, args.seed)
     evaluator = evaluation.make_evaluator(args, data, pool, compiler)
     return Inputs(data, experts, student, real_sets, evaluator, compiler)

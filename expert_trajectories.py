@@ -146,7 +146,8 @@ def seeds_in(folder, settings, read=trajectories.read_record):
         record = read(path)
         if record is None:
             raise ReportedError(
-                f"{path} has no record of its settings: remove it, or use another --buffer_path"
+                f"{path} has no record of its settings, so its place cannot be shared: use another "
+                "--buffer_path"
             )
         files.check_record(path, record["settings"] | record["training"], settings)
         seeds.add(record["expert"]["seed"])
@@ -195,7 +196,13 @@ def main():
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     seeds_in(folder, training | {"val_fraction": args.val_fraction})
     data = datasets.load_data(
-        args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
+        args.dataset,
+        args.data_path,
+        args.zca,
+        args.val_fraction,
+        device,
+        args.im_size,
+        check=lambda settings: seeds_in(folder, settings | training | {"model": args.model}),
     )
     settings = data.settings | {"model": args.model}
     record = {"settings": settings, "training": training, "versions": process.versions()}

@@ -1,5 +1,6 @@
 """Files that are whole: written in one step, locked, cached, and checked against their records."""
 
+import errno
 import hashlib
 import json
 import os
@@ -36,7 +37,11 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         if is_out_of_memory(error):
             raise
-        raise OSError(f"{path} cannot be written ({first_line(error)})") from None
+        cause = first_line(error)
+        if "unexpected pos" in cause:  # how torch.save says that fewer bytes were written
+            free = shutil.disk_usage(path.parent).free
+            cause = f"the disk or a quota is full: {free / 1e6:.1f} MB are free"
+        raise OSError(f"{path} cannot be written ({cause})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -97,17 +102,27 @@ def locked(folder, name=".lock", wait=True, reader=False):
     """Hold a lock in `folder`, so that one process at a time runs this block.
 
     Without `wait`, yields False where another process holds it. A process gives its locks back
-    however it dies. A `reader` needs none where it cannot write, and so cannot be disturbed.
+    however it dies. A `reader` needs none where it cannot write, and so cannot be disturbed. Where
+    the file system has no locks, warns and goes on without one.
     """
     is_new = not folder.exists()
+    goes_on = reader
     try:
         lock = take_lock(folder / name, wait)
-    except OSError as error:
-        if not reader:
-            raise OSError(f"{folder} cannot be written ({first_line(error)})") from None
+    except (OSError, NotImplementedError) as error:
         lock = None
+        if is_without_locks(error):
+            goes_on = True
+            warnings.warn(
+                f"the file system of {folder} has no locks ({first_line(error)}): let no other "
+                "process work there until this one has ended"
+            )
+            with suppress(OSError):
+                (folder / name).unlink(missing_ok=True)
+        elif not reader:
+            raise OSError(f"{folder} cannot be written ({first_line(error)})") from None
     if not lock:
-        yield reader
+        yield goes_on
         return
     try:
         if name == ".lock":
@@ -118,6 +133,12 @@ def locked(folder, name=".lock", wait=True, reader=False):
         lock.release()
         if is_new and not any(folder.iterdir()):
             folder.rmdir()  # as it was
+
+
+def is_without_locks(error):
+    """Whether a lock could not be taken because there are none, as on NFS without its daemon."""
+    lacking = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+    return isinstance(error, NotImplementedError) or error.errno in lacking
 
 
 def take_lock(path, wait):

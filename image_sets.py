@@ -284,7 +284,7 @@ def initial_set(args, data, generator):
         images, labels = initial_images(data, args.ipc, start, canvas_size, generator)
         return images, labels, start
     images, labels = load_set(start, data.form, "--pix_init")
-    check_set(start, images, args.texture, data, "--pix_init")
+    check_set(start, images, args.texture, data.settings, data.form, "--pix_init")
     classes = labels if labels.dim() == 1 else labels.argmax(1)
     shape = (args.ipc * data.form.num_classes, 3, *2 * [canvas_size * data.form.im_size])
     if images.shape != shape:
@@ -321,17 +321,20 @@ def is_label_set(labels, images, form):
     return labels.shape == images.shape[:1] and 0 <= labels.min() <= labels.max() < form.num_classes
 
 
-def check_set(what, images, texture, data: Data, flag="--evaluate"):
-    """Raise ReportedError where images were made for other data, or need --texture."""
+def check_set(what, images, texture, settings, form, flag="--evaluate"):
+    """Raise ReportedError where images were made for other data, or need --texture.
+
+    `settings` are those of the data, and `form` their `datasets.Form`.
+    """
     folder = saved_folder(what)
     if record := files.read_run(folder):  # MTT's sets have none
-        now = {key: data.settings[key] for key in ("dataset", "zca", "val_fraction")}
-        now |= {"data": data.settings["digest"], "texture": texture}
+        now = {key: settings[key] for key in ("dataset", "zca", "val_fraction")}
+        now |= {"data": settings["digest"], "texture": texture}
         files.check_record(folder, record.settings, now, "set")
-    if images.shape[2] != data.form.im_size and not texture:
+    if images.shape[2] != form.im_size and not texture:
         raise ReportedError(
             f"{flag}: the images of {what} have {images.shape[2]} pixels a side, not "
-            f"{data.form.im_size}: canvases need --texture"
+            f"{form.im_size}: canvases need --texture"
         )
 
 
@@ -372,19 +375,23 @@ def evaluate_set(args, settings):
     print(process.describe(device, compiler.amp), flush=True)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
     saved = load_set(args.evaluate, form) if is_saved(args.evaluate) else None
+    alpha = args.lr_teacher
+    if alpha is None:
+        raise ReportedError(
+            f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the step "
+            "size to train with"
+        )
+
+    def check(settings):
+        if saved:
+            check_set(args.evaluate, saved[0], args.texture, settings, form)
+
     data = datasets.load_data(
-        args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size
+        args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size, check
     )
     evaluator = evaluation.make_evaluator(args, data, pool, compiler)
-    alpha = args.lr_teacher
     if saved:
         images, labels = saved
-        check_set(args.evaluate, images, args.texture, data)
-        if alpha is None:
-            raise ReportedError(
-                f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the "
-                "step size to train with"
-            )
         if args.export:
             export_set(args.export, images, labels, alpha, data)
             print(f"{len(images)} images exported to {args.export}")

@@ -31,7 +31,9 @@ class Stopped(Exception):
 
 
 def first_line(error):
-    """An exception's message, cut to one line."""
+    """An exception's message, cut to one line; of the system's errors without their numbers."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -60,7 +62,7 @@ def run_script(main, less_memory):
     try:
         main()
     except (ReportedError, OSError) as error:  # an OSError names its file, and what is wrong
-        code, text = 2, f"error: {error}"
+        code, text = 2, f"error: {first_line(error)}"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

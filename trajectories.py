@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+import zipfile
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from process import ReportedError, first_line
 FORWARD_BATCH = 256  # images that experts see at once
 
 REMEDY = "remove it and its .json, run expert_trajectories.py again"
+FOREIGN_REMEDY = "name a --buffer_path without it, or train experts there"  # it may be dear
 
 
 class DamagedFile(ReportedError):
@@ -101,23 +103,51 @@ def read_trajectories(path):
                     f"{path} is damaged: its checksum is not the recorded one: {REMEDY}"
                 )
     try:
-        trajectories = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-        check_nesting(trajectories)
+        # PyTorch's format until 1.6 cannot be mapped.
+        is_mappable = zipfile.is_zipfile(path)
+        found = torch.load(path, mmap=is_mappable, map_location="cpu", weights_only=True)
+        trajectories = as_trajectories(found)
     except Exception as error:  # torch.load raises whatever the file's bytes trigger
-        raise DamagedFile(f"{path} is no trajectory file ({first_line(error)}): {REMEDY}") from None
+        remedy = REMEDY if record else FOREIGN_REMEDY
+        raise DamagedFile(f"{path} is no trajectory file ({first_line(error)}): {remedy}") from None
     if record and len(trajectories) != 1:
         raise DamagedFile(f"{path} holds {len(trajectories)} experts, its record one: {REMEDY}")
     return trajectories, record
 
 
-def check_nesting(trajectories):
-    """Raise TypeError unless this is a list of lists of lists of tensors, none of them empty."""
-    level = [trajectories]
-    for kind in (list, list, list, torch.Tensor):  # all, an expert, a snapshot, a parameter
-        if not all(isinstance(part, kind) and len(part) for part in level):
-            raise TypeError("not a list of experts, of snapshots, of tensors")
-        if kind is list:
-            level = [part for parts in level for part in parts]
+def as_trajectories(found):
+    """Lists of experts, of snapshots, of tensors, from lists or tuples, and snapshots as dicts.
+
+    A dict is a network's `state_dict()`, in `parameters()` order. Raises TypeError for all else.
+    """
+    fault = TypeError(f"it holds {outline(found)}; wanted are lists of experts, snapshots, tensors")
+
+    def parts(of, *kinds):
+        if not (isinstance(of, kinds) and len(of)):
+            raise fault
+        return list(of.values()) if isinstance(of, dict) else list(of)
+
+    def tensor(of):
+        if not isinstance(of, torch.Tensor):
+            raise fault
+        return of.detach()
+
+    trajectories = []
+    for expert in parts(found, list, tuple):
+        snapshots = [parts(s, list, tuple, dict) for s in parts(expert, list, tuple)]
+        trajectories.append([[tensor(p) for p in snapshot] for snapshot in snapshots])
+    return trajectories
+
+
+def outline(found):
+    """What is nested how, by the first of each: "a list of 2 lists of 3 tensors"."""
+    words, level = f"a {type(found).__name__.lower()}", found
+    while isinstance(level, (list, tuple, dict)):
+        first = next(iter(level.values() if isinstance(level, dict) else level), None)
+        if first is None:
+            return f"{words} of nothing"
+        words, level = f"{words} of {len(level)} {type(first).__name__.lower()}s", first
+    return words
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,11 +172,6 @@ class Experts:
     """The experts that a distillation draws from."""
 
     members: list  # of Expert
-
-    @property
-    def epochs(self):
-        """The epochs that every expert has at least."""
-        return min(len(expert.trajectory) for expert in self.members) - 1
 
     @property
     def test_accuracies(self):
@@ -176,11 +201,14 @@ class Experts:
     def check_epochs(self, max_start_epoch, expert_epochs):
         """Raise ReportedError where the last segment, T⁺ − 1 to T⁺ − 1 + M, ends too late."""
         last = max_start_epoch - 1 + expert_epochs
-        if last > self.epochs:
+        short = [expert for expert in self.members if len(expert.trajectory) <= last]
+        if short:
+            which = "these" if len(short) == len(self.members) else short[0].name
+            epochs = len(short[0].trajectory) - 1
             raise ReportedError(
                 f"--max_start_epoch={max_start_epoch} and --expert_epochs={expert_epochs} need "
-                f"experts of {last} epochs; these have {self.epochs}: lower one of them, or train "
-                "experts with more --train_epochs"
+                f"experts of {last} epochs; {which} {'have' if which == 'these' else 'has'} "
+                f"{epochs}: lower one of them, or train experts with more --train_epochs"
             )
 
     def check_segments(self, max_start_epoch, length, skip_damaged):
@@ -188,7 +216,8 @@ class Experts:
         whole = []
         for expert in self.members:
             if fault := segment_fault(expert.trajectory, max_start_epoch, length):
-                skip_or_raise(DamagedFile(f"{expert.name} {fault}: {REMEDY}"), skip_damaged)
+                remedy = REMEDY if expert.record else FOREIGN_REMEDY
+                skip_or_raise(DamagedFile(f"{expert.name} {fault}: {remedy}"), skip_damaged)
             else:
                 whole.append(expert)
         return Experts(require_experts(whole))

@@ -89,7 +89,9 @@ def test_images_and_labels_come_as_uint8_and_int64_sorted_by_class(folder):
     assert torch.equal(images[8 * 6], torch.from_numpy(river).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize("inside", ["2750", "EuroSAT_RGB", "eurosat/2750"])
+@pytest.mark.parametrize(
+    "inside", ["2750", "EuroSAT_RGB", "EuroSAT", "EuroSAT/2750", "eurosat/2750"]
+)
 def test_class_folders_are_found_in_the_known_subfolders(folder, tmp_path, digest, inside):
     (tmp_path / "other" / inside).parent.mkdir(parents=True)
     folder.rename(tmp_path / "other" / inside)
@@ -105,13 +107,52 @@ def pack(folder, archive, prefix):
 
 
 @pytest.mark.parametrize(
-    "name, prefix", [("EuroSAT.zip", "2750"), ("EuroSAT_RGB.zip", "EuroSAT_RGB")]
+    "name, prefix",
+    [("EuroSAT.zip", "2750"), ("EuroSAT_RGB.zip", "EuroSAT_RGB"), ("eurosat.ZIP", "a/2750")],
 )
 def test_the_official_archives_are_unpacked(folder, tmp_path, digest, name, prefix):
     archive = pack(folder, tmp_path / "other" / name, prefix)
     assert load_eurosat(archive.parent)[2] == digest
     archive.unlink()
     assert load_eurosat(archive.parent)[2] == digest
+
+
+def test_class_folders_in_lower_case_are_found(folder, digest):
+    for name in CLASS_NAMES:
+        (folder / name).rename(folder / f"{name}_")
+        (folder / f"{name}_").rename(folder / name.lower())
+    images = load_eurosat(folder)
+    assert images.digest == digest and images.classes == CLASS_NAMES
+
+
+def test_an_archive_with_backslashes_and_lower_case_is_unpacked(folder, tmp_path, digest):
+    (tmp_path / "other").mkdir()
+    with zipfile.ZipFile(tmp_path / "other" / "EuroSAT.zip", "w") as zipped:
+        for path in folder.rglob("*.jpg"):
+            member = zipfile.ZipInfo("name")
+            member.filename = f"2750\\{path.parent.name.lower()}\\{path.name}"
+            zipped.writestr(member, path.read_bytes())
+    assert load_eurosat(tmp_path / "other").digest == digest
+
+
+def test_another_number_of_images_than_eurosats_is_named(folder):
+    with pytest.warns(UserWarning, match=r"holds 60 images, EuroSAT has 27000"):
+        load_eurosat(folder)
+
+
+@pytest.mark.parametrize(
+    "suffix, words",
+    [
+        (".tif", "holds TIFFs, as EuroSAT-MS with its 13 bands: fetch the RGB archive"),
+        (".png", "holds PNGs: read them by --dataset=ImageFolder"),
+        (".txt", "holds no JPEG: unpack EuroSAT again"),
+    ],
+)
+def test_other_editions_of_eurosat_are_named(folder, suffix, words):
+    for path in list((folder / "River").iterdir()):
+        path.rename(path.with_suffix(suffix))
+    with pytest.raises(ReportedError, match=f"River {words}"):
+        load_eurosat(folder)
 
 
 def test_members_of_an_archive_cannot_leave_its_folder(folder, tmp_path, digest):
@@ -203,9 +244,21 @@ def test_a_damaged_archive_is_reported_and_leaves_nothing_behind(folder, tmp_pat
 def test_an_archive_without_eurosats_classes_is_reported(tmp_path):
     with zipfile.ZipFile(tmp_path / "EuroSAT.zip", "w") as zipped:
         zipped.writestr("ds/images/AnnualCrop_1.tif", b"")
-    with pytest.raises(ReportedError, match=r"EuroSAT\.zip holds none of EuroSAT's classes"):
+    fault = r"EuroSAT\.zip lacks JPEGs of 10 of EuroSAT's 10 classes .*Nothing was unpacked"
+    with pytest.raises(ReportedError, match=fault):
         load_eurosat(tmp_path)
     assert os.listdir(tmp_path) == ["EuroSAT.zip"]
+
+
+def test_an_archive_without_one_class_is_not_unpacked_and_hides_none(folder, tmp_path, digest):
+    shutil.copytree(folder, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "River")
+    archive = pack(tmp_path / "part", tmp_path / "other" / "EuroSAT.zip", "2750")
+    with pytest.raises(ReportedError, match=r"lacks JPEGs of 1 of EuroSAT's 10 classes \(River\)"):
+        load_eurosat(archive.parent)
+    archive.unlink()
+    shutil.copytree(folder, archive.parent / "2750")
+    assert load_eurosat(archive.parent).digest == digest
 
 
 def test_where_there_is_no_data_torchvision_downloads_it(folder, tmp_path, digest, monkeypatch):

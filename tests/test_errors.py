@@ -45,6 +45,7 @@ def refuse(run_here, tiny_flags, experts, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", ".*images, EuroSAT has 27000")
             check(run_here(script, *usual, *flags, cwd=cwd), script, parts, cwd)
 
     return refuse
@@ -206,6 +207,15 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--run_name=", ["--run_name", "''", "--log_dir"]),
     (DISTILLATION, "--run_name=..", ["--run_name", "'..'", "--log_dir"]),
     (DISTILLATION, "--resume=nowhere", ["--resume=nowhere", "run.json"]),
+    (DISTILLATION, f"--resume={__file__}", [f"--resume={__file__}", "is a file: name the run's"]),
+    (BOTH, "--dataset=Tiny", ["'Tiny'", "ImageFolder", "--preset=tiny-1"]),
+    (DISTILLATION, "--pix_init=", ["--pix_init", "there are no images"]),
+    (DISTILLATION, f"--pix_init={__file__}", ["--pix_init", "cannot be read"]),
+    (DISTILLATION, "--evaluate=k_centre", ["--evaluate=k_centre", "k_center"]),
+    (DISTILLATION, f"--evaluate={__file__}", ["--evaluate", "cannot be read"]),
+    (DISTILLATION, "--evaluate=random --labels=learned", ["--labels=learned", "hard or soft"]),
+    (DISTILLATION, "--evaluate=nowhere --labels=hard", ["--labels=hard", "leave it out"]),
+    (DISTILLATION, "--evaluate=random --ipc=100", ["--ipc=100", "training images", "lower it"]),
     # pairs that contradict each other
     (DISTILLATION, "--resume=nowhere --evaluate=random", ["--resume", "--evaluate", "leave one"]),
     (DISTILLATION, "--resume=nowhere --run_name=mine", ["--resume", "--run_name", "leave one"]),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
+import datasets
 import image_sets
 import process
 import utils
@@ -555,8 +556,19 @@ def test_canvases_need_texture(refuse, evaluate, flags, tmp_path):
     assert record["images"] == 10
 
 
-def test_images_made_with_other_preprocessing_are_refused(refuse, saved):
-    refuse("val_fraction=0.1 (here 0.2)", f"--evaluate={saved}", "--val_fraction=0.2")
+@pytest.mark.parametrize(
+    "flag, part",
+    [
+        ("--val_fraction=0.2", "val_fraction=0.1 (here 0.2)"),
+        ("--zca", "zca=False (here True)"),
+        ("--dataset=ToySAT", "dataset='ImageFolder' (here 'ToySAT')"),
+    ],
+)
+def test_sets_for_other_data_are_refused_before_minutes_of_whitening(
+    refuse, saved, monkeypatch, flag, part
+):
+    monkeypatch.setattr(datasets, "whiten", lambda *_: pytest.fail("whitens"))
+    refuse(part, f"--evaluate={saved}", flag)
 
 
 def test_images_that_are_no_canvases_are_not_taken_for_such(refuse, saved):

@@ -4,7 +4,9 @@ import hashlib
 import json
 import pickle
 import shutil
+import struct
 import urllib.error
+import zlib
 
 import numpy as np
 import pytest
@@ -200,6 +202,29 @@ def test_what_is_hidden_or_no_picture_is_left_alone(pictures):
     assert again.classes == CLASSES and again.digest == digest
 
 
+def test_what_is_left_out_of_pictures_is_counted(pictures):
+    first, *more = (picture(k, 20, 20) for k in range(3))
+    first.save(pictures / "town" / "5.tif", save_all=True, append_images=more)
+    for name in ("a.gif", "b.GIF", "c.jfif"):
+        (pictures / "town" / name).write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:
+        datasets.load_image_folder(pictures, 16)
+    messages = sorted(str(warning.message) for warning in caught)
+    assert len(messages) == 3
+    assert messages[0].startswith("1 of 37 pictures hold several frames, of which the first is")
+    assert messages[1].startswith(f"3 pictures below {pictures} are left out (.gif, .jfif)")
+    assert messages[2].startswith("9 of 37 pictures have an alpha channel, which is left out, ")
+
+
+def test_pictures_are_turned_as_exif_says(tmp_path):
+    upright = picture(0, 16, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees clockwise when shown
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    (image,) = datasets.decode_pictures([tmp_path / "turned.png"], 16, crop=False)
+    assert torch.equal(image, torch.from_numpy(np.array(upright)).permute(2, 0, 1))
+
+
 # --------------------------------------------------------------------------------------------------
 # Folders that cannot be used
 
@@ -223,6 +248,52 @@ def other_classes_to_test(folder):
 
 def sixteen_bits(folder):
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(folder / "town" / "0.png")
+
+
+def png_of_16_bits(pixels):
+    """An RGB PNG of uint16 pixels (H, W, 3), which Pillow cannot write."""
+
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    height, width, _ = pixels.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+REFLECTANCE = np.random.default_rng(0).integers(0, 3000, (20, 20, 3)).astype(np.uint16)
+
+
+def sixteen_bits_in_colour(folder):
+    (folder / "town" / "0.png").write_bytes(png_of_16_bits(REFLECTANCE))
+
+
+def sixteen_bits_as_ppm(folder):
+    pixels = REFLECTANCE.astype(">u2").tobytes()
+    (folder / "town" / "0.ppm").write_bytes(b"P6 20 20 65535\n" + pixels)
+
+
+def sixteen_bits_as_tiff(folder):
+    """A minimal TIFF: one strip of RGB pixels of 16 bits."""
+    pixels = REFLECTANCE.astype("<u2").tobytes()
+    bits = struct.pack("<HHH", 16, 16, 16)
+    tags = [(256, 3, 1, 20), (257, 3, 1, 20), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, 14), (277, 3, 1, 3), (278, 3, 1, 20), (279, 4, 1, len(pixels))]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    head = struct.pack("<2sHI", b"II", 42, 14 + len(pixels)) + bits
+    (folder / "town" / "0.tif").write_bytes(head + pixels + directory)
+
+
+def floats(folder):
+    Image.fromarray(np.ones((20, 20), np.float32)).save(folder / "town" / "0.tif")
 
 
 def damaged(folder):
@@ -254,7 +325,11 @@ FAULTS = [
     (only_one_class, r"holds 1 class folders \(beach\): name the folder in which every class has"),
     (an_empty_class, "no valid file for the classes desert"),
     (other_classes_to_test, "val do not have the 2 class folders of train"),
-    (sixteen_bits, r"town/0\.png has more than 8 bits per channel \(mode I;16\); convert it"),
+    (sixteen_bits, r"town/0\.png has more than 8 bits per channel: scale its values to 8 bits"),
+    (sixteen_bits_in_colour, r"town/0\.png has 16 bits per channel: scale its values to 8 bits"),
+    (sixteen_bits_as_ppm, r"town/0\.ppm has 16 bits per channel: scale its values"),
+    (sixteen_bits_as_tiff, r"town/0\.tif cannot be decoded|town/0\.tif has 16 bits per channel"),
+    (floats, r"town/0\.tif has floating-point values per channel: scale its values to 8 bits"),
     (damaged, r"town/0\.png cannot be decoded"),
     (a_damaged_header, r"town/0\.ppm cannot be decoded"),
     (too_large, r"town/0\.png is 10000x9000 pixels, more than is safe"),

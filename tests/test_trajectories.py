@@ -1,10 +1,12 @@
 """Trajectory files: MTT's nested lists, written whole, refused when they do not fit."""
 
+import errno
 import itertools
 import json
 import os
 import warnings
 
+import filelock
 import pytest
 import torch
 from outcomes import folder_with
@@ -183,6 +185,39 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
+def test_a_full_disk_is_called_so(tmp_path):
+    def fail(file):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 40 vs 30")
+
+    with pytest.raises(OSError, match=r"t\.pt cannot be written \(the disk or a quota is full: "):
+        files.write_whole(tmp_path / "t.pt", fail)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")]
+)
+def test_where_the_file_system_has_no_locks_work_goes_on_with_a_warning(
+    tmp_path, monkeypatch, error
+):
+    def acquire(lock, timeout=None):
+        (tmp_path / "run" / ".lock").touch()  # as filelock leaves it
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.warns(UserWarning, match="has no locks .*let no other process work there"):
+        with files.locked(tmp_path / "run", wait=False) as mine:
+            assert mine
+            assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_other_faults_of_a_lock_are_raised_in_words_without_numbers(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot be written \((Not a directory|File exists): ") as e:
+        with files.locked(tmp_path / "file"):
+            pass
+    assert "Errno" not in str(e.value)
+
+
 # --------------------------------------------------------------------------------------------------
 # Damaged and foreign files
 
@@ -239,10 +274,53 @@ def test_a_foreign_file_is_refused_by_name(tmp_path, content):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    fault = r"replay_buffer_0\.pt is no trajectory file .*run expert_traj"
+    fault = r"replay_buffer_0\.pt is no trajectory file .*name a --buffer_path without it"
     with pytest.raises(ReportedError, match=fault) as error:
         trajectories.read_trajectories(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ([[torch.zeros(2)]], "a list of 1 lists of 1 tensors"),
+        ({"images": torch.zeros(2)}, "a dict of 1 tensors"),
+        ([[[torch.zeros(1), "b"]]], "a list of 1 lists of 1 lists of 2 tensors"),
+        ([[]], "a list of 1 lists of nothing"),
+        (3, "a int"),
+    ],
+)
+def test_a_foreign_file_is_said_to_hold_what_it_holds(tmp_path, content, words):
+    torch.save(content, tmp_path / "replay_buffer_0.pt")
+    with pytest.raises(ReportedError) as error:
+        trajectories.read_trajectories(tmp_path / "replay_buffer_0.pt")
+    assert f"it holds {words}; wanted are" in str(error.value)
+    assert "remove" not in str(error.value)
+
+
+def test_good_experts_in_another_form_are_read(tmp_path):
+    network = torch.nn.Linear(3, 4)
+    expert = [[p.detach().clone() for p in network.parameters()] for _ in range(3)]
+    path = tmp_path / "replay_buffer_0.pt"
+    forms = {
+        "tuples": (tuple(map(tuple, expert)),),
+        "parameters": [[list(network.parameters())] * 3],
+        "state dicts": [[network.state_dict()] * 3],
+    }
+    for content in forms.values():
+        torch.save(content, path)
+        read, record = trajectories.read_trajectories(path)
+        assert record is None
+        torch.testing.assert_close(read, [expert], rtol=0, atol=0)
+        assert not any(p.requires_grad for snapshot in read[0] for p in snapshot)
+
+
+def test_the_serialisation_of_pytorch_before_1_6_is_read(saved):
+    path, expert = saved
+    torch.save([expert], path, _use_new_zipfile_serialization=False)
+    path.with_suffix(".json").unlink()
+    read, _ = trajectories.read_trajectories(path)
+    torch.testing.assert_close(read, [expert], rtol=0, atol=0)
 
 
 def test_a_truncated_file_without_a_record_is_refused_by_name(saved):
