@@ -26,6 +26,7 @@ import files
 import image_sets
 import process
 import report
+import saved_sets
 import trajectories
 import utils
 from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
@@ -124,13 +125,13 @@ def parse_args():
         if not saved:
             parser.error(f"--resume={given['resume']}: no run was started there (no run.json)")
     elif image_sets.is_saved(what):
-        saved = parser.recorded(image_sets.saved_folder(what))
+        saved = parser.recorded(saved_sets.saved_folder(what))
         if saved and preset:
             parser.error(f"--preset={given['preset']}: the run has flags of its own: leave it out")
         # Its α is what the images were learned for; None where it is not saved, as by MTT.
-        saved["lr_teacher"] = image_sets.saved_step_size(what)
+        saved["lr_teacher"] = saved_sets.saved_step_size(what, "--evaluate")
     elif isinstance(start := given.get("pix_init"), Path):
-        if alpha := image_sets.saved_step_size(start, "--pix_init"):
+        if alpha := saved_sets.saved_step_size(start, "--pix_init"):
             saved["lr_teacher"] = alpha
     elif what == "full":
         saved = {"epoch_eval_train": 50}  # of real images, an epoch has far more steps

@@ -291,7 +291,7 @@ def test_networks_that_are_evaluated_together_wait_once(waits, evaluator):
     networks = [fresh_network() for _ in range(evaluator.num_eval)]
     generators = [utils.make_generator(k) for k in range(evaluator.num_eval)]
     images, labels = on_gpu(CLASSES)
-    train = images.expand(evaluator.num_eval, *images.shape), labels
+    train = [part.expand(evaluator.num_eval, *part.shape) for part in (images, labels)]
     (step,) = evaluator.pool.values()
     waits.clear()
     evaluator.train_together(step, networks, train, 0.01, generators)

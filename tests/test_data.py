@@ -15,6 +15,7 @@ import torchvision
 from PIL import Image
 
 import datasets
+import pictures
 import toysat
 from datasets import CLASS_NAMES, EUROSAT_CACHE, load_eurosat
 from preprocessing import split_dataset
@@ -303,7 +304,7 @@ def test_without_data_and_network_the_error_names_what_where_and_three_ways(tmp_
 def test_the_second_load_reads_the_cache(folder, monkeypatch):
     first = load_eurosat(folder)
     made = os.stat(folder / EUROSAT_CACHE).st_mtime_ns
-    monkeypatch.setattr(datasets, "decode_pictures", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(pictures, "decode_pictures", lambda *_: pytest.fail("decoded again"))
     second = load_eurosat(folder)
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.labels, second.labels) and first.digest == second.digest
@@ -312,14 +313,14 @@ def test_the_second_load_reads_the_cache(folder, monkeypatch):
 
 def test_of_two_processes_one_decodes_and_the_other_reads_its_cache(folder, monkeypatch):
     """Two threads stand for them: each takes a lock of its own."""
-    decode, calls = datasets.decode_pictures, []
+    decode, calls = pictures.decode_pictures, []
 
     def slow(*args):
         calls.append(args)
         time.sleep(0.2)  # enough for the other to begin
         return decode(*args)
 
-    monkeypatch.setattr(datasets, "decode_pictures", slow)
+    monkeypatch.setattr(pictures, "decode_pictures", slow)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(load_eurosat, [folder, folder])
     assert len(calls) == 1

@@ -15,6 +15,7 @@ import torchvision
 from PIL import Image
 
 import datasets
+import pictures as picture_files
 from datasets import load_data
 from preprocessing import split_dataset
 from process import ReportedError
@@ -176,15 +177,15 @@ def test_the_same_pictures_with_a_test_set_of_their_own_are_other_data(tmp_path)
             shutil.copy(tmp_path / "whole" / name / f"{index}.png", to)
     whole, parts = (datasets.load_image_folder(tmp_path / name, 8) for name in ("whole", "parts"))
     assert whole.num_test is None and parts.num_test == 4
-    assert parts.digest == datasets.data_digest(parts.images, parts.labels, 4)
-    assert parts.digest != datasets.data_digest(parts.images, parts.labels) != whole.digest
+    assert parts.digest == picture_files.data_digest(parts.images, parts.labels, 4)
+    assert parts.digest != picture_files.data_digest(parts.images, parts.labels) != whole.digest
 
 
 def test_the_cache_is_for_one_size_and_notices_a_changed_picture(pictures, monkeypatch):
     first = datasets.load_image_folder(pictures, 16)
     assert datasets.load_image_folder(pictures, 8).images.shape[2] == 8
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "decode_pictures", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(picture_files, "decode_pictures", lambda *_: pytest.fail("decoded again"))
         assert torch.equal(datasets.load_image_folder(pictures, 16).images, first.images)
     picture(99, 16, 16).save(pictures / "town" / "0.png")
     assert datasets.load_image_folder(pictures, 16).digest != first.digest
@@ -221,7 +222,7 @@ def test_pictures_are_turned_as_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees clockwise when shown
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    (image,) = datasets.decode_pictures([tmp_path / "turned.png"], 16, crop=False)
+    (image,) = picture_files.decode_pictures([tmp_path / "turned.png"], 16, crop=False)
     assert torch.equal(image, torch.from_numpy(np.array(upright)).permute(2, 0, 1))
 
 

@@ -1,0 +1,147 @@
+"""Picture files: read in parallel, checked, and kept decoded in a cache."""
+
+import hashlib
+import os
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+import files
+from process import ReportedError, first_line, progress
+
+
+class Images(NamedTuple):
+    """A data set as it is read."""
+
+    images: torch.Tensor  # uint8 (N, 3, H, H)
+    labels: torch.Tensor  # int64 (N,)
+    digest: str  # tells one data set from another in records
+    classes: tuple  # names, by label
+    num_test: int | None = None  # images of an official test set, which come last
+
+
+def data_digest(images, labels, num_test=None):
+    """A hash of a data set's pixels, labels and test set."""
+    digest = hashlib.sha256(images.numpy())
+    digest.update(labels.numpy())
+    if num_test is not None:
+        digest.update(str(num_test).encode())
+    return digest.hexdigest()[:16]
+
+
+class Listing(NamedTuple):
+    """The picture files of a data set."""
+
+    folder: Path
+    paths: list  # relative to the folder
+    labels: list
+    classes: tuple
+    num_test: int | None = None
+
+
+def read_pictures(listing, cache, im_size, crop=False):
+    """`Images` with sides of `im_size` pixels, from picture files or from the file `cache`.
+
+    The cache is used as long as no picture's name, size or time changes. Raises ReportedError for a
+    picture that cannot be used.
+    """
+    with files.locked(cache.parent, reader=True):  # one process decodes, others read its cache
+        paths = [listing.folder / path for path in listing.paths]
+        stats = [os.stat(path) for path in paths]
+        known = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(listing.paths, stats)]
+        fingerprint = hashlib.sha256(repr(known).encode()).hexdigest()
+        labels = torch.tensor(listing.labels)
+        cached = files.read_cache(cache, "fingerprint", "images", "digest")
+        if cached and cached["fingerprint"] == fingerprint:
+            images, digest = cached["images"], cached["digest"]
+        else:
+            images = decode_pictures(paths, im_size, crop)
+            digest = data_digest(images, labels, listing.num_test)
+            content = {"fingerprint": fingerprint, "images": images, "digest": digest}
+            files.write_cache(cache, content)
+    return Images(images, labels, digest, listing.classes, listing.num_test)
+
+
+def decode_pictures(paths, im_size, crop):
+    """Picture files as uint8 (N, 3, im_size, im_size), decoded in parallel, turned as EXIF says.
+
+    Those of another size are scaled to cover that square, and their centre is taken (`crop`), or
+    refused with a ReportedError. Warns of what is left out of them.
+    """
+    images = torch.empty(len(paths), 3, im_size, im_size, dtype=torch.uint8)
+
+    def decode(index):
+        try:
+            with Image.open(paths[index]) as image:
+                fault, losses = picture_fault(image, im_size, crop), losses_of(image)
+                if not fault:
+                    square = (im_size, im_size)
+                    image = ImageOps.exif_transpose(image).convert("RGB")
+                    image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)
+                    pixels = torch.from_numpy(np.array(image))  # (H, W, 3)
+                    images[index] = pixels.permute(2, 0, 1)
+        except Exception as error:  # Pillow raises whatever a damaged file's bytes trigger
+            fault = f"cannot be decoded ({first_line(error)}): replace it"
+        if fault:
+            raise ReportedError(f"{paths[index]} {fault}")
+        return losses
+
+    lost = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        # Pillow's decoders release Python's lock. Its own warnings do not name the file.
+        warnings.simplefilter("ignore")
+        done = pool.map(decode, range(len(paths)))
+        done = progress(done, total=len(paths), desc="decoding pictures", unit="images")
+        for path, losses in zip(paths, done):
+            for loss in losses:
+                lost.setdefault(loss, []).append(path)
+    for loss, of in lost.items():
+        warnings.warn(f"{len(of)} of {len(paths)} pictures {loss}, {of[0]} for one")
+    return images
+
+
+def picture_fault(image, im_size, crop):
+    """Why an opened picture is not taken, and the remedy; None: it is. Nothing is decoded yet."""
+    size = f"is {image.width}x{image.height} pixels"
+    if image.size != (im_size, im_size) and not crop:
+        return f"{size}, not {im_size}x{im_size}: replace it"
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a few bytes can hold gigabytes
+        return f"{size}, more than is safe to decode: replace it"
+    if depth := depth_of(image):
+        return f"has {depth} per channel: scale its values to 8 bits and save it again"
+    return None
+
+
+def depth_of(image):
+    """What an opened picture has instead of 8 bits per channel, in words; None: 8 bits or fewer.
+
+    Of colours with 16 bits Pillow keeps the high byte, and does not say so: its mode is RGB. What
+    the file holds is in the decoder's arguments, as "RGB;16B".
+    """
+    if image.mode.startswith("F"):
+        return "floating-point values"
+    if image.mode.startswith("I"):
+        return "more than 8 bits"
+    for _, _, _, arguments in image.tile:
+        parts = arguments if isinstance(arguments, tuple) else (arguments,)
+        if any(isinstance(part, str) and re.search(r";(16|12|32)", part) for part in parts):
+            return "16 bits"
+        if image.format == "PPM" and any(isinstance(p, int) and p > 255 for p in parts):
+            return "16 bits"
+    return None
+
+
+def losses_of(image):
+    """What is left out of an opened picture, each in words."""
+    losses = []
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        losses.append("have an alpha channel, which is left out")
+    if getattr(image, "n_frames", 1) > 1:
+        losses.append("hold several frames, of which the first is taken")
+    return losses

@@ -1,0 +1,221 @@
+"""Saved sets of synthetic images, of this project and of other tools: read, checked, exported."""
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import files
+import report
+from preprocessing import Data
+from process import ReportedError, first_line
+
+# What a flag takes beside saved sets.
+OTHERS = {"--evaluate": "random, herding, k_center, full", "--pix_init": "real, noise"}
+
+
+def saved_folder(what):
+    """The folder of a saved set, which is named itself, or by one of its files."""
+    path = expanded(what)
+    return path if path.is_dir() else path.parent
+
+
+def expanded(what):
+    return Path(os.path.expanduser(what))  # pathlib's raises an error for an unknown user
+
+
+class SavedSet(NamedTuple):
+    """What files hold, unchecked; None: there is no such file."""
+
+    images: object
+    labels: object
+    syn_lr: object
+
+
+def find_set(what, flag):
+    """The `SavedSet` that a path names: a run's folder, or a file of this project or of others.
+
+    They are images_*.pt with labels_*.pt and syn_lr_*.pt (this project, MTT) or lr_*.pt (DATM)
+    beside it, dd_ranking.pt (DD-Ranking), and res_*.pt (DC, DM), whose last experiment is taken.
+    Raises ReportedError for what cannot be read.
+    """
+    path = expanded(what)
+    if path.is_dir():
+        exported = path / "dd_ranking.pt"
+        path = path / "images_best.pt"
+        path = exported if exported.exists() and not path.exists() else path
+    content = read_file(path, flag)
+    if isinstance(content, dict) and "image_tensor" in content:
+        labels = content.get("soft_labels", content.get("hard_labels"))
+        return SavedSet(content["image_tensor"], labels, content.get("syn_lr"))
+    if isinstance(content, dict) and is_pair((content.get("data") or [None])[-1]):
+        return SavedSet(*content["data"][-1], None)
+
+    def beside(name):
+        if "images" not in path.name:
+            return None
+        return read_file(path.with_name(path.name.replace("images", name, 1)), flag)
+
+    syn_lr = beside("syn_lr")
+    return SavedSet(content, beside("labels"), beside("lr") if syn_lr is None else syn_lr)
+
+
+def is_pair(found):
+    return isinstance(found, (list, tuple)) and len(found) == 2
+
+
+SCALAR = np.float64(0).__reduce__()[0]  # where it is differs between versions of NumPy
+NUMPY_SCALARS = [SCALAR, (SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
+NUMPY_SCALARS += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+
+
+def read_file(path, flag):
+    """What `torch.save` wrote; None where there is no such file."""
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALARS):  # accuracies, in DC's files
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
+        raise ReportedError(f"{flag}: {path} cannot be read ({first_line(error)})") from None
+
+
+def saved_step_size(what, flag):
+    """The α of a saved set; None where it is not saved, as by MTT.
+
+    Raises ReportedError where the file holds something else.
+    """
+    syn_lr = find_set(what, flag).syn_lr
+    if syn_lr is None:
+        return None
+    try:
+        alpha = float(syn_lr)
+    except (TypeError, ValueError, RuntimeError):
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
+        raise ReportedError(
+            f"{flag}: what is saved with {what} as α (syn_lr_*.pt) is no step size, a positive "
+            f"number, but {description(syn_lr)}"
+        )
+    return alpha
+
+
+def load_set(what, form, flag):
+    """Images (N, 3, H, H) float32, and labels, of a saved set: classes, or probabilities.
+
+    Raises ReportedError where they are missing, or do not fit this `datasets.Form`.
+    """
+    found = find_set(what, flag)
+    for name, part in (("images", found.images), ("labels", found.labels)):
+        if part is None:
+            raise ReportedError(
+                f"{flag}={what}: there are no {name}: name a run's folder, a file images_*.pt with "
+                f"labels_*.pt beside it, dd_ranking.pt, res_*.pt of DC, or {OTHERS[flag]}"
+            )
+    images, labels = as_images(found.images), as_labels(found.labels)
+    if not (is_image_set(images, form) and is_label_set(labels, images, form)):
+        size, last = form.im_size, form.num_classes - 1
+        raise ReportedError(
+            f"{flag}: {what} holds no synthetic images of these classes: (N, 3, {size}, {size}) "
+            f"float32, finite, and labels (N,) int64 from 0 to {last}, or probabilities (N, "
+            f"{last + 1}) float32; found images {description(found.images)} and labels "
+            f"{description(found.labels)}"
+        )
+    return images, labels
+
+
+def as_images(found):
+    """The same in float32, if nothing is lost by it."""
+    return as_float32(found) if isinstance(found, torch.Tensor) else found
+
+
+def as_labels(found):
+    """Classes as int64, probabilities as float32, if nothing is lost by it."""
+    if not isinstance(found, torch.Tensor):
+        return found
+    if found.dim() != 1:
+        return as_float32(found)
+    classes = found.to(torch.int64)
+    return classes if torch.equal(classes.to(found.dtype), found) else found
+
+
+def as_float32(found):
+    if not found.is_floating_point():
+        return found
+    converted = found.detach().float()
+    is_same = torch.equal(converted.to(found.dtype).nan_to_num(), found.nan_to_num())
+    return converted if is_same else found
+
+
+def description(found):
+    """What a file holds, in a few words."""
+    if not isinstance(found, torch.Tensor):
+        return f"a {type(found).__name__}"
+    kind = str(found.dtype).removeprefix("torch.")
+    values = f", {found.min():.4g} to {found.max():.4g}" if found.numel() else ""
+    if found.dim() == 2 and found.is_floating_point():
+        sums = found.sum(1)
+        values += f", rows that sum to {sums.min():.4g} to {sums.max():.4g}"
+    return f"{tuple(found.shape)} {kind}{values}"
+
+
+def is_image_set(images, form):
+    if not (isinstance(images, torch.Tensor) and images.dtype == torch.float32):
+        return False
+    if images.dim() != 4 or not len(images) or images.shape[1] != 3:
+        return False
+    height, width = images.shape[2:]
+    return height == width >= form.im_size and bool(images.isfinite().all())
+
+
+def is_label_set(labels, images, form):
+    if not isinstance(labels, torch.Tensor):
+        return False
+    if labels.dtype == torch.float32:
+        fits = labels.shape == (len(images), form.num_classes) and bool((labels >= 0).all())
+        return fits and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
+    if labels.dtype != torch.int64:
+        return False
+    return labels.shape == images.shape[:1] and 0 <= labels.min() <= labels.max() < form.num_classes
+
+
+def check_set(what, images, texture, settings, form, flag):
+    """Raise ReportedError where images were made for other data, or need --texture.
+
+    `settings` are those of the data, and `form` their `datasets.Form`.
+    """
+    folder = saved_folder(what)
+    if record := files.read_run(folder):  # MTT's sets have none
+        now = {key: settings[key] for key in ("dataset", "zca", "val_fraction")}
+        now |= {"data": settings["digest"], "texture": texture}
+        files.check_record(folder, record.settings, now, "set")
+    if images.shape[2] != form.im_size and not texture:
+        raise ReportedError(
+            f"{flag}: the images of {what} have {images.shape[2]} pixels a side, not "
+            f"{form.im_size}: canvases need --texture"
+        )
+
+
+def export_set(folder, images, labels, syn_lr, data: Data):
+    """Write a synthetic set for other tools: PNGs in class folders, and dd_ranking.pt.
+
+    The PNGs are for the eye: clipped, each in its own range. DD-Ranking's dictionary has what
+    networks learn from. Raises ReportedError where the folder has images already.
+    """
+    if (folder / "images").exists():
+        raise ReportedError(
+            f"--export={folder}: there are images already: remove them, or name another folder"
+        )
+    pixels = report.clip(data.to_pixels(images))
+    classes = labels if labels.dim() == 1 else labels.argmax(1)
+    for label, name in enumerate(data.classes):
+        for number, image in enumerate(pixels[classes == label]):
+            path = folder / "images" / name / f"{number:04d}.png"
+            report.save_picture(path, report.draw_image(image))
+    content = {"image_tensor": images, "hard_labels": classes, "syn_lr": syn_lr}
+    if labels.dim() == 2:
+        content["soft_labels"] = labels
+    files.write_tensors(folder / "dd_ranking.pt", content)
