@@ -41,15 +41,20 @@ from reparam_module import student_fault
 from utils import Augment
 
 
-def parse_args():
-    parser = Parser(__doc__.splitlines()[0])
-    add_shared_flags(parser, batch_train=128)
+def add_flags(parser):
+    """Add the flags that only this script has."""
     add = parser.topic("experts")
     add("--num_experts", count, 100, "N", "how many experts to train")
     add("--train_epochs", count, 50, "EPOCHS", "epochs of each expert")
     add("--mom", fraction, 0.0, "[0,1)", "momentum")
     add("--l2", not_negative, 0.0, "RATE", "weight decay")
     add("--decay", boolean, False, "BOOL", "a tenth of the rate after epoch train_epochs // 2 + 1")
+
+
+def parse_args():
+    parser = Parser(__doc__.splitlines()[0])
+    add_shared_flags(parser, batch_train=128)
+    add_flags(parser)
     given = parser.given()
     return parser.complete(preset_flags(given.get("preset"), "experts"), given)
 
