@@ -239,7 +239,7 @@ def main():
             trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
             seconds = round(time.time() - start, 1)  # without loading the data, which all share
             dashboard.finish()
-            where = dashboard.where_to_look("the .json of each trajectory file has the curves")
+            where = dashboard.where_to_look()
 
             expert = {"seed": seed, "seconds": seconds} | curves
             path = trajectories.expert_path(folder, number)

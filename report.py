@@ -56,7 +56,7 @@ def opening(run, inputs, state):
     images, experts = len(state.label_syn), len(inputs.experts.members)
     lines = [
         f"synthetic images: {images}, experts: {experts}; results in {run.folder}",
-        run.dashboard.where_to_look("the pictures and results.json show the same"),
+        run.dashboard.where_to_look(),
     ]
     if state.seconds_before:
         lines.append(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
@@ -326,16 +326,16 @@ class Dashboard:
         self.attempt(lambda page: page.summary.update(summary))
         self.attempt(lambda page: page.finish())
 
-    def where_to_look(self, instead):
-        """A line; `instead` says where to look without an account."""
+    def where_to_look(self):
+        """A line that says where the page is, or how to see it."""
         if not self.page:
             return "no wandb"
         if self.page.settings.mode != "offline":
             return f"wandb: {self.page.url or 'disabled'}"
         command = "wandb" if shutil.which("wandb") else Path(sys.executable).with_name("wandb")
         return (
-            f"wandb logs offline; to upload: {command} sync {self.folder}/offline-run-*; "
-            f"without an account, {instead}"
+            f"wandb logs offline; to view: {command} leet {self.folder}; "
+            f"to upload: {command} sync {self.folder}/offline-run-*"
         )
 
 

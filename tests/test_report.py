@@ -1,6 +1,17 @@
 """What a person sees of a run: grids, curves, tables, and what wandb is told."""
 
+import contextlib
+import fcntl
 import io
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import termios
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +44,7 @@ def run(tmp_path):
     settings = {"dataset": "Toy", "model": "MLP", "ipc": 2, "seed": 0, "amp": False}
     settings |= {"objective": "trajectory", "Iteration": len(losses)}
     run = SimpleNamespace(folder=tmp_path / "run", settings=settings)
-    run.dashboard = SimpleNamespace(where_to_look=lambda instead: f"no wandb, {instead}")
+    run.dashboard = SimpleNamespace(where_to_look=lambda: "no wandb")
     data = SimpleNamespace(train=(None, torch.arange(9)), classes=NAMES, zca=None, settings={})
     data.to_pixels = lambda images: images / 2 + 0.5
     experts = SimpleNamespace(members=[None] * 3, test_accuracies=[0.8, 0.9])
@@ -298,7 +309,7 @@ def test_a_page_that_fails_is_given_up_with_a_warning(monkeypatch, tmp_path):
         dashboard = report.Dashboard(tmp_path, "Progress", "offline")
     dashboard.log({"Loss": 1.0}, step=0)
     dashboard.finish(Best_Iteration=0)
-    assert dashboard.where_to_look("there") == "no wandb"
+    assert dashboard.where_to_look() == "no wandb"
 
 
 def test_without_a_network_pages_are_kept_on_disk_and_the_server_is_tried_once(
@@ -324,6 +335,38 @@ def test_without_a_network_pages_are_kept_on_disk_and_the_server_is_tried_once(
     second = report.Dashboard(tmp_path, "Epoch", None)  # and pytest would show another warning
     assert first.page and second.page
     assert tried == ["online", "offline", "offline"]
+
+
+def on_screen(command, keys, seconds=30):
+    """Those of `keys` that a command shows in a terminal of 180×50 characters before it is ended."""
+    process_id, terminal = pty.fork()
+    if process_id == 0:
+        os.environ["TERM"] = "xterm-256color"
+        os.execvp(command[0], command)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 180, 0, 0))
+    shown, end = b"", time.monotonic() + seconds
+    while time.monotonic() < end and not all(key in shown for key in keys):
+        if select.select([terminal], [], [], 0.2)[0]:
+            with contextlib.suppress(OSError):  # it has ended
+                shown += os.read(terminal, 2**16)
+    os.kill(process_id, signal.SIGKILL)
+    os.waitpid(process_id, 0)
+    os.close(terminal)
+    return [key for key in keys if key in shown]
+
+
+def test_a_run_on_disk_is_seen_in_the_terminal_by_the_command_that_is_printed(tmp_path):
+    dashboard = report.Dashboard(tmp_path, "Progress", "offline", name="RUN", project="P", id="one")
+    for it in range(5):
+        dashboard.log({"Progress": it, "Grand_Loss": 1 / (it + 1), "Synthetic_LR": 0.01}, step=it)
+    dashboard.finish(Best_Iteration=3)
+    line = dashboard.where_to_look()
+    assert "offline" in line and "sync" in line
+    viewer = re.search(r"to view: (\S+) leet (\S+);", line)
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    assert run.parent == Path(viewer[2])
+    keys = [b"Grand_Loss", b"Synthetic_LR", b"RUN"]
+    assert on_screen([viewer[1], "leet", str(run)], keys) == keys
 
 
 def test_pages_go_where_wandbs_variable_says(monkeypatch, tmp_path):
