@@ -338,7 +338,7 @@ def test_without_a_network_pages_are_kept_on_disk_and_the_server_is_tried_once(
 
 
 def on_screen(command, keys, seconds=30):
-    """Those of `keys` that a command shows in a terminal of 180×50 characters before it is ended."""
+    """Those of `keys` that a command shows in a terminal of 180×50 characters."""
     process_id, terminal = pty.fork()
     if process_id == 0:
         os.environ["TERM"] = "xterm-256color"
