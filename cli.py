@@ -293,7 +293,7 @@ def default_name(settings):
 
 
 def wandb_flags(args):
-    """Where a run goes on Weights & Biases, as `report.Dashboard` takes it."""
+    """Where a run goes on Weights & Biases, as `wandb_page.Dashboard` takes it."""
     return {
         "mode": args.wandb_mode,
         "project": args.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT,

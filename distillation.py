@@ -28,6 +28,7 @@ import report
 import saved_sets
 import trajectories
 import utils
+import wandb_page
 from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
 from compilation import Compiler
 from evaluation import EVAL_POOLS, Evaluator
@@ -340,7 +341,7 @@ def main():
                 report.save_results(run, inputs, state)
                 if curves_due.due():  # drawing them takes half a second
                     report.save_curves(run, state)
-                log |= report.evaluation_log(run, data, state, args.force_save)
+                log |= wandb_page.evaluation_log(run, data, state, args.force_save)
             run.dashboard.log(log, step=it)
             # After the files of an evaluation: what is killed in between is evaluated once more.
             if due or it % args.checkpoint_every == 0:

@@ -22,9 +22,9 @@ import torch
 import datasets
 import files
 import process
-import report
 import trajectories
 import utils
+import wandb_page
 from cli import (
     Parser,
     add_shared_flags,
@@ -234,7 +234,7 @@ def main():
                 "config": settings | training | {"expert": number},
                 "group": f"experts {folder.parent.name}/{args.model}",
             }
-            dashboard = report.Dashboard(folder, "Epoch", **wandb_flags(args), **page)
+            dashboard = wandb_page.Dashboard(folder, "Epoch", **wandb_flags(args), **page)
             start = time.time()
             trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
             seconds = round(time.time() - start, 1)  # without loading the data, which all share

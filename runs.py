@@ -8,6 +8,7 @@ import cli
 import files
 import process
 import report
+import wandb_page
 from process import ReportedError, Stopped, stop
 
 CHECKPOINT = "checkpoint.pt"
@@ -18,7 +19,7 @@ class Run(NamedTuple):
 
     folder: Path
     settings: dict  # what its result depends on
-    dashboard: report.Dashboard | None  # None: it is finished
+    dashboard: wandb_page.Dashboard | None  # None: it is finished
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def open_run(args, settings, evaluator, state):
         if not state.finished:
             config = settings | {"device": args.device} | process.versions()
             page = {"id": record.wandb_id, "name": folder.name, "config": config}
-            dashboard = report.Dashboard(folder, "Progress", **cli.wandb_flags(args), **page)
+            dashboard = wandb_page.Dashboard(folder, "Progress", **cli.wandb_flags(args), **page)
         run = Run(folder, settings, dashboard)
         try:
             with stop:  # from here on, a signal waits for `stop.check`
@@ -74,7 +75,7 @@ def finish(run, inputs, state):
     report.save_curves(run, state)
     report.save_animation(run.folder)
     # Last of all: what is killed before it, the next start makes again.
-    summary = report.run_summary(state.evaluations, state.seconds, state.syn_lr.device)
+    summary = wandb_page.run_summary(state.evaluations, state.seconds, state.syn_lr.device)
     run.dashboard.finish(**summary)
     state.finished = True
     state.save(run.folder / CHECKPOINT)

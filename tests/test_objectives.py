@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import distillation
 import report
 import utils
+import wandb_page
 from compilation import FAILURES, Compiler
 from networks import ConvNet
 from objectives import MatchTrajectory, RealLoss, matching_loss, real_loss
@@ -324,7 +325,9 @@ def test_a_run_on_the_real_loss_needs_no_experts_and_says_what_its_loss_is(
     drawn = []
     monkeypatch.setattr(report, "plot_loss", lambda axis, losses, name: drawn.append(name))
     logged = []
-    monkeypatch.setattr(report.Dashboard, "log", lambda self, values, step: logged.append(values))
+    monkeypatch.setattr(
+        wandb_page.Dashboard, "log", lambda self, values, step: logged.append(values)
+    )
     flags = [*run_flags(specks_run), *LOSS, "--total_steps=5", f"--buffer_path={tmp_path}"]
     done = run_here("distillation.py", *flags, "--run_name=mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

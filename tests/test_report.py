@@ -22,6 +22,7 @@ from PIL import Image
 
 import process
 import report
+import wandb_page
 from report import draw_grid
 from scores import Evaluations, Scores
 
@@ -244,7 +245,7 @@ def test_the_scores_of_a_saved_set_have_a_line_per_class():
 
 @pytest.mark.parametrize("val", [True, False])
 def test_wandb_is_told_the_latest_accuracy_and_that_of_the_best(val):
-    log = report.score_log(evaluations((0.2, 0.2), (0.5, 0.7), (0.4, 0.4), val=val).rows)
+    log = wandb_page.score_log(evaluations((0.2, 0.2), (0.5, 0.7), (0.4, 0.4), val=val).rows)
     assert log["Accuracy/MLP"] == pytest.approx(0.4) and log["Std/MLP"] == pytest.approx(0)
     assert log["Max_Accuracy/MLP"] == pytest.approx(0.6)
     assert log["Max_Std/MLP"] == pytest.approx(0.1)
@@ -256,8 +257,8 @@ def test_the_best_on_wandb_is_chosen_on_the_validation_images():
     rows = Evaluations()
     for val, test in ((0.5, 0.9), (0.6, 0.3)):
         rows.add({"MLP": Scores([val], [test])}, 0.01, [], seconds=0, epochs=1)
-    assert report.score_log(rows.rows)["Max_Accuracy/MLP"] == 0.3
-    assert "Loss" not in report.score_log(rows.rows[:1])
+    assert wandb_page.score_log(rows.rows)["Max_Accuracy/MLP"] == 0.3
+    assert "Loss" not in wandb_page.score_log(rows.rows[:1])
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_from_50_images_per_class_on_pictures_are_logged_only_when_forced(
 ):
     run, inputs, state = run
     run.settings["ipc"] = ipc
-    log = report.evaluation_log(run, inputs.data, state, force_save)
+    log = wandb_page.evaluation_log(run, inputs.data, state, force_save)
     assert "Accuracy/MLP" in log and "Pixels" in log
     assert ("Synthetic_Images" in log) == ("Synthetic_Pixels" in log) == pictures
 
@@ -276,7 +277,7 @@ def test_from_50_images_per_class_on_pictures_are_logged_only_when_forced(
 def test_images_are_logged_only_where_they_are_kept(run):
     run, inputs, state = run
     run.settings["Iteration"] = 5000
-    log = report.evaluation_log(run, inputs.data, state, force_save=True)
+    log = wandb_page.evaluation_log(run, inputs.data, state, force_save=True)
     assert "Accuracy/MLP" in log and "Pixels" not in log
 
 
@@ -291,22 +292,22 @@ def test_images_are_logged_only_where_they_are_kept(run):
     ],
 )
 def test_wandb_is_online_only_with_an_account(monkeypatch, mode, account, modes):
-    monkeypatch.setattr(report, "logged_in", lambda: account)
-    assert list(report.modes_to_try(mode)) == modes
+    monkeypatch.setattr(wandb_page, "logged_in", lambda: account)
+    assert list(wandb_page.modes_to_try(mode)) == modes
 
 
 def test_asked_to_go_online_without_an_account_wandb_goes_offline_with_a_warning():
     with pytest.warns(UserWarning, match="nobody is logged in"):
-        assert list(report.modes_to_try("online")) == ["offline"]
+        assert list(wandb_page.modes_to_try("online")) == ["offline"]
 
 
 def test_a_page_that_fails_is_given_up_with_a_warning(monkeypatch, tmp_path):
     def fail(**_):
         raise OSError("no room\nfor wandb")
 
-    monkeypatch.setattr(report.wandb, "init", fail)
+    monkeypatch.setattr(wandb_page.wandb, "init", fail)
     with pytest.warns(UserWarning, match="wandb cannot start in mode offline: no room"):
-        dashboard = report.Dashboard(tmp_path, "Progress", "offline")
+        dashboard = wandb_page.Dashboard(tmp_path, "Progress", "offline")
     dashboard.log({"Loss": 1.0}, step=0)
     dashboard.finish(Best_Iteration=0)
     assert dashboard.where_to_look() == "no wandb"
@@ -325,14 +326,14 @@ def test_without_a_network_pages_are_kept_on_disk_and_the_server_is_tried_once(
         assert stopped or tried == ["offline"]  # else: "run ID is in use"
         return SimpleNamespace(define_metric=lambda *_, **__: None)
 
-    monkeypatch.setattr(report, "logged_in", lambda: True)
-    monkeypatch.setattr(report.wandb, "init", init)
-    monkeypatch.setattr(report.wandb, "teardown", lambda: stopped.append(True))
-    monkeypatch.setattr(report.Dashboard, "unreachable", False)
+    monkeypatch.setattr(wandb_page, "logged_in", lambda: True)
+    monkeypatch.setattr(wandb_page.wandb, "init", init)
+    monkeypatch.setattr(wandb_page.wandb, "teardown", lambda: stopped.append(True))
+    monkeypatch.setattr(wandb_page.Dashboard, "unreachable", False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.warns(UserWarning, match="cannot start in mode online: no answer"):
-        first = report.Dashboard(tmp_path, "Epoch", None)
-    second = report.Dashboard(tmp_path, "Epoch", None)  # and pytest would show another warning
+        first = wandb_page.Dashboard(tmp_path, "Epoch", None)
+    second = wandb_page.Dashboard(tmp_path, "Epoch", None)  # and pytest would show another warning
     assert first.page and second.page
     assert tried == ["online", "offline", "offline"]
 
@@ -356,7 +357,9 @@ def on_screen(command, keys, seconds=30):
 
 
 def test_a_run_on_disk_is_seen_in_the_terminal_by_the_command_that_is_printed(tmp_path):
-    dashboard = report.Dashboard(tmp_path, "Progress", "offline", name="RUN", project="P", id="one")
+    dashboard = wandb_page.Dashboard(
+        tmp_path, "Progress", "offline", name="RUN", project="P", id="one"
+    )
     for it in range(5):
         dashboard.log({"Progress": it, "Grand_Loss": 1 / (it + 1), "Synthetic_LR": 0.01}, step=it)
     dashboard.finish(Best_Iteration=3)
@@ -372,8 +375,8 @@ def test_a_run_on_disk_is_seen_in_the_terminal_by_the_command_that_is_printed(tm
 def test_pages_go_where_wandbs_variable_says(monkeypatch, tmp_path):
     folders = []
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(report.wandb, "init", lambda dir, **_: folders.append(dir))
-    dashboard = report.Dashboard(tmp_path, "Epoch", "offline")
+    monkeypatch.setattr(wandb_page.wandb, "init", lambda dir, **_: folders.append(dir))
+    dashboard = wandb_page.Dashboard(tmp_path, "Epoch", "offline")
     assert folders == [tmp_path / "elsewhere"]
     assert dashboard.folder == tmp_path / "elsewhere" / "wandb"
 
@@ -386,8 +389,8 @@ def test_a_page_that_fails_later_does_not_end_the_run(monkeypatch, tmp_path):
         def log(self, values, step):
             raise RuntimeError("the service died")
 
-    monkeypatch.setattr(report.wandb, "init", lambda **_: Page())
-    dashboard = report.Dashboard(tmp_path, "Progress", "offline")
+    monkeypatch.setattr(wandb_page.wandb, "init", lambda **_: Page())
+    dashboard = wandb_page.Dashboard(tmp_path, "Progress", "offline")
     with pytest.warns(UserWarning, match="continuing without it: the service died"):
         dashboard.log({"Loss": 1.0}, step=0)
     dashboard.log({"Loss": 1.0}, step=1)  # and pytest would show a second warning
@@ -395,7 +398,7 @@ def test_a_page_that_fails_later_does_not_end_the_run(monkeypatch, tmp_path):
 
 def test_the_summary_of_a_run_says_what_it_cost_and_reached(run):
     _, _, state = run
-    summary = report.run_summary(state.evaluations, 12.5, torch.device("cpu"))
+    summary = wandb_page.run_summary(state.evaluations, 12.5, torch.device("cpu"))
     assert summary["Best_Iteration"] == 1 and summary["Total_Seconds"] == 12.5
     assert summary["Best_Accuracy/MLP"] == pytest.approx(0.6)
     assert summary["Final_Accuracy/MLP"] == pytest.approx(0.4)

@@ -1,0 +1,166 @@
+"""A run's page on Weights & Biases."""
+
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import wandb
+
+import process
+from process import first_line
+from report import clip, draw_grid, is_kept, run_title
+
+
+class Dashboard:
+    """A run's page on Weights & Biases. It never asks, and never ends the script: it warns.
+
+    Online when logged in and reachable, else offline, in `folder`/wandb. `axis` is the key that all
+    others are drawn against. `options` are those of `wandb.init`; an `id` that has been used before
+    continues that page. WANDB_DIR, and without `mode` WANDB_MODE, count as for wandb itself.
+    """
+
+    unreachable = False  # the server, by what this process has tried: waiting takes half a minute
+
+    def __init__(self, folder, axis, mode, **options):
+        # wandb would use the home directory.
+        os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))
+        os.environ.setdefault("WANDB_SILENT", "true")  # settings would not outlive `stop_service`
+        folder = Path(os.environ.get("WANDB_DIR") or folder)
+        self.folder = folder / "wandb"
+        self.page = None
+        for each in modes_to_try(mode or os.environ.get("WANDB_MODE")):
+            if each == "online" and Dashboard.unreachable:
+                continue
+            try:
+                self.page = wandb.init(
+                    mode=each,
+                    dir=folder,
+                    resume="allow" if options.get("id") else None,
+                    reinit="finish_previous",
+                    settings=wandb.Settings(init_timeout=30),
+                    **options,
+                )
+                break
+            except Exception as error:  # of wandb, its service, or a WANDB_... variable's value
+                warnings.warn(f"wandb cannot start in mode {each}: {first_line(error)}")
+                Dashboard.unreachable |= each == "online"
+                stop_service()  # it would take the run for one that is still going on
+        self.attempt(lambda page: page.define_metric(axis))
+        self.attempt(lambda page: page.define_metric("*", step_metric=axis))
+
+    def attempt(self, call):
+        """Call `call` with wandb's page; where it fails, warn and continue without wandb."""
+        try:
+            if self.page:
+                call(self.page)
+        except Exception as error:
+            warnings.warn(f"wandb failed, continuing without it: {first_line(error)}")
+            self.page = None
+
+    def log(self, values, step):
+        self.attempt(lambda page: page.log(values, step=step))
+
+    def finish(self, **summary):
+        """Close the page, with what the table of runs shows of it."""
+        self.attempt(lambda page: page.summary.update(summary))
+        self.attempt(lambda page: page.finish())
+
+    def where_to_look(self):
+        """A line that says where the page is, or how to see it."""
+        if not self.page:
+            return "no wandb"
+        if self.page.settings.mode != "offline":
+            return f"wandb: {self.page.url or 'disabled'}"
+        command = "wandb" if shutil.which("wandb") else Path(sys.executable).with_name("wandb")
+        return (
+            f"wandb logs offline; to view: {command} leet {self.folder}; "
+            f"to upload: {command} sync {self.folder}/offline-run-*"
+        )
+
+
+def stop_service():
+    try:
+        wandb.teardown()
+    except Exception as error:
+        warnings.warn(f"wandb cannot stop: {first_line(error)}")
+
+
+def modes_to_try(mode):
+    """wandb's modes, in order: as wished, or online if there is an account; then offline."""
+    if mode in (None, "online") and not logged_in():
+        if mode:
+            warnings.warn("--wandb_mode=online, but nobody is logged in (wandb login): offline")
+        mode = "offline"
+    return dict.fromkeys((mode or "online", "offline"))
+
+
+def logged_in():
+    """Whether wandb knows an account, on this machine or by its environment."""
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except Exception as error:
+        warnings.warn(f"wandb cannot log in: {first_line(error)}")
+        return False
+
+
+def evaluation_log(run, data, state, force_save):
+    """MTT's keys for the latest evaluation, and where they are kept, for the images."""
+    log = score_log(state.evaluations.comparable)
+    if is_kept(run, state):
+        images, labels = state.image_syn.detach().cpu(), state.label_syn.cpu()
+        log["Pixels"] = wandb.Histogram(images)
+        if run.settings["ipc"] < 50 or force_save:
+            title = f"{run_title(run)}, iteration {len(state.losses)}"
+            log |= picture_log(images, labels, data, title)
+    return log
+
+
+def score_log(rows):
+    """MTT's keys for the latest of `rows`; `Loss` is the mean since the evaluation before."""
+    log = {} if rows[-1]["loss"] is None else {"Loss": rows[-1]["loss"]}
+    for network, scores in rows[-1]["scores"].items():
+        of_network = (row["scores"][network] for row in rows)
+        best = max(of_network, key=lambda scores: scores.selection_accuracy)
+        for prefix, part in (("", "test"), ("Validation_", "val")):
+            if values := getattr(scores, part):
+                log[f"{prefix}Accuracy/{network}"] = np.mean(values)
+                log[f"{prefix}Std/{network}"] = np.std(values)
+                log[f"Max_{prefix}Accuracy/{network}"] = np.mean(getattr(best, part))
+                log[f"Max_{prefix}Std/{network}"] = np.std(getattr(best, part))
+    return log
+
+
+def picture_log(images, labels, data, title):
+    """MTT's keys for pictures of the images, clipped and not; with ZCA also whitening undone."""
+    log = {"Synthetic_Pixels": wandb.Histogram(images)}
+    views = {"Synthetic": images}
+    if data.zca:
+        views["Reconstructed"] = data.to_pixels(images)
+        log["Reconstructed_Pixels"] = wandb.Histogram(views["Reconstructed"])
+    names = ", ".join(dict.fromkeys(data.classes[label] for label in labels))
+    for name, view in views.items():
+        keys = {f"{name}_Images": view, f"Clipped_{name}_Images/std_2.5": clip(view)}
+        for key, shown in keys.items():
+            grid = draw_grid(shown, labels, title, data.classes)
+            log[key] = wandb.Image(grid, caption=f"{title}: {names}")
+    return log
+
+
+def run_summary(evaluations, seconds, device):
+    """What wandb's table of runs shows of a run: its cost, its accuracy, best and final, and α."""
+    best, final = evaluations.best, evaluations.rows[-1]
+    summary = {
+        "Best_Iteration": best["iteration"],
+        "Total_Seconds": seconds,
+        "Peak_Memory": process.peak_memory(device),
+        "Versions": ", ".join(f"{name} {number}" for name, number in process.versions().items()),
+    }
+    for prefix, row in (("Best", best), ("Final", final)):
+        summary[f"{prefix}_Synthetic_LR"] = row["syn_lr"]
+        for network, scores in row["scores"].items():
+            summary[f"{prefix}_Accuracy/{network}"] = np.mean(scores.test)
+            summary[f"{prefix}_Std/{network}"] = np.std(scores.test)
+    return summary
