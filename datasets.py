@@ -93,10 +93,22 @@ def find_eurosat(data_path):
 
 def class_parent(data_path):
     """The folder that has class folders, if there is one."""
-    for folder in (data_path / name for name in EUROSAT_FOLDERS):
-        if class_folders(folder):
+    for folder in (in_any_case(data_path, name) for name in EUROSAT_FOLDERS):
+        if folder and class_folders(folder):
             return folder
     return None
+
+
+def in_any_case(folder, name):
+    """The subfolder whose path is `name`, in upper or lower case; None: there is none."""
+    for part in Path(name).parts:
+        exact = folder / part
+        alike = folder.iterdir() if folder.is_dir() and not exact.is_dir() else ()
+        found = (p for p in sorted(alike) if p.name.lower() == part.lower() and p.is_dir())
+        folder = exact if exact.is_dir() else next(found, None)
+        if folder is None:
+            return None
+    return folder
 
 
 def class_folders(folder):
@@ -104,8 +116,13 @@ def class_folders(folder):
     if not folder.is_dir():
         return {}
     lower = {name.lower(): name for name in CLASS_NAMES}
-    names = (entry.name for entry in os.scandir(folder) if entry.is_dir())
-    return {lower[name.lower()]: name for name in names if name.lower() in lower}
+    found = {}
+    for entry in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+        if name := lower.get(entry.lower()):
+            if name in found:
+                raise ReportedError(f"{folder} holds {found[name]} and {entry}: make them one")
+            found[name] = entry
+    return found
 
 
 def find_archive(data_path):

@@ -73,6 +73,15 @@ def checksum(file):
     return digest.hexdigest()
 
 
+def load_fault(error):
+    """Why `torch.load(weights_only=True)` failed, in words."""
+    if isinstance(error, (OSError, TypeError)):
+        return first_line(error)
+    if "Weights only" in str(error):
+        return "it holds more than tensors, lists and numbers, which could run code"
+    return "torch.save has not written it, or not whole"
+
+
 def read_cache(path, *keys):
     """The entries `keys` of a cache, tensors memory-mapped; None where there is no such file."""
     try:

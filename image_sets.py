@@ -35,7 +35,7 @@ def random_real_sets(data, ipc, count, seed):
 def evaluate_real(evaluator, real_sets, syn_lr, seed):
     """An evaluation of `random_real_sets`: what a distilled set is compared with."""
     scores = evaluation.of_real_images(evaluator)(*real_sets, syn_lr, (seed, "random real"))
-    return {"syn_lr": syn_lr, "scores": scores}
+    return {"syn_lr": syn_lr, "epochs": evaluator.epochs, "scores": scores}
 
 
 def herding(features, count):

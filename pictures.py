@@ -1,6 +1,7 @@
 """Picture files: read in parallel, checked, and kept decoded in a cache."""
 
 import hashlib
+import logging
 import os
 import re
 import warnings
@@ -75,6 +76,7 @@ def decode_pictures(paths, im_size, crop):
     refused with a ReportedError. Warns of what is left out of them.
     """
     images = torch.empty(len(paths), 3, im_size, im_size, dtype=torch.uint8)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its errors are raised as well
 
     def decode(index):
         try:
@@ -106,6 +108,9 @@ def decode_pictures(paths, im_size, crop):
     return images
 
 
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
+
+
 def picture_fault(image, im_size, crop):
     """Why an opened picture is not taken, and the remedy; None: it is. Nothing is decoded yet."""
     size = f"is {image.width}x{image.height} pixels"
@@ -128,11 +133,14 @@ def depth_of(image):
         return "floating-point values"
     if image.mode.startswith("I"):
         return "more than 8 bits"
-    for _, _, _, arguments in image.tile:
+    if image.format == "TIFF" and max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8:
+        return "16 bits"
+    for decoder, _, _, arguments in image.tile:
         parts = arguments if isinstance(arguments, tuple) else (arguments,)
-        if any(isinstance(part, str) and re.search(r";(16|12|32)", part) for part in parts):
-            return "16 bits"
-        if image.format == "PPM" and any(isinstance(p, int) and p > 255 for p in parts):
+        # A bitmap's "BGR;16" is less than 8 bits per channel.
+        words = (part for part in parts if isinstance(part, str) and not part.startswith("BGR"))
+        is_wide = decoder == "SGI16" or any(re.search(r";(12|16|32)", word) for word in words)
+        if is_wide or (image.format == "PPM" and any(type(p) is int and p > 255 for p in parts)):
             return "16 bits"
     return None
 
@@ -140,6 +148,8 @@ def depth_of(image):
 def losses_of(image):
     """What is left out of an opened picture, each in words."""
     losses = []
+    if image.format == "TIFF" and image.tag_v2.get(SAMPLES_PER_PIXEL, 1) > len(image.getbands()):
+        losses.append("have more bands than red, green and blue, which are left out")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         losses.append("have an alpha channel, which is left out")
     if getattr(image, "n_frames", 1) > 1:

@@ -41,10 +41,10 @@ def open_run(args, settings, evaluator, state):
         record = files.start_run(folder, settings, flags, cli.OBSERVING)
         state.load(folder / CHECKPOINT)
         check_iterations(args, folder, len(state.losses))
-        files.change_run(folder, record, settings, flags)
         state.go_on(args.Iteration, evaluator)
-        dashboard = None  # a finished run logs nothing more
+        dashboard = None  # a finished run logs nothing more, and stays as it is
         if not state.finished:
+            files.change_run(folder, record, settings, flags)
             config = settings | {"device": args.device} | process.versions()
             page = {"id": record.wandb_id, "name": folder.name, "config": config}
             dashboard = wandb_page.Dashboard(folder, "Progress", **cli.wandb_flags(args), **page)

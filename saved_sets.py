@@ -11,7 +11,7 @@ import torch
 import files
 import report
 from preprocessing import Data
-from process import ReportedError, first_line
+from process import ReportedError
 
 # What a flag takes beside saved sets.
 OTHERS = {"--evaluate": "random, herding, k_center, full", "--pix_init": "real, noise"}
@@ -48,11 +48,10 @@ def find_set(what, flag):
         path = path / "images_best.pt"
         path = exported if exported.exists() and not path.exists() else path
     content = read_file(path, flag)
-    if isinstance(content, dict) and "image_tensor" in content:
-        labels = content.get("soft_labels", content.get("hard_labels"))
-        return SavedSet(content["image_tensor"], labels, content.get("syn_lr"))
-    if isinstance(content, dict) and is_pair((content.get("data") or [None])[-1]):
-        return SavedSet(*content["data"][-1], None)
+    if isinstance(content, dict):
+        return set_in(content, path, flag)
+    if is_pair(content):
+        return SavedSet(*content, None)
 
     def beside(name):
         if "images" not in path.name:
@@ -63,8 +62,27 @@ def find_set(what, flag):
     return SavedSet(content, beside("labels"), beside("lr") if syn_lr is None else syn_lr)
 
 
+def set_in(content, path, flag):
+    """The `SavedSet` in a dict of DD-Ranking, of DC, or with "images" and "labels"."""
+    pairs = content.get("data")
+    if isinstance(pairs, (list, tuple)) and pairs:
+        last = pairs if is_pair(pairs) else pairs[-1]
+        if is_pair(last):
+            return SavedSet(*last, None)
+    for images, *kinds in (("image_tensor", "soft_labels", "hard_labels"), ("images", "labels")):
+        labels = [content[kind] for kind in kinds if content.get(kind) is not None]
+        if images in content and labels:
+            return SavedSet(content[images], labels[0], content.get("syn_lr"))
+    keys = ", ".join(map(str, list(content)[:8])) or "none"
+    raise ReportedError(
+        f"{flag}: {path} holds no images with labels, but a dict with the keys {keys}; known are "
+        "image_tensor and hard_labels (DD-Ranking), data (DC), images and labels"
+    )
+
+
 def is_pair(found):
-    return isinstance(found, (list, tuple)) and len(found) == 2
+    is_two = isinstance(found, (list, tuple)) and len(found) == 2
+    return is_two and all(isinstance(part, torch.Tensor) for part in found)
 
 
 SCALAR = np.float64(0).__reduce__()[0]  # where it is differs between versions of NumPy
@@ -80,7 +98,8 @@ def read_file(path, flag):
     except FileNotFoundError:
         return None
     except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
-        raise ReportedError(f"{flag}: {path} cannot be read ({first_line(error)})") from None
+        fault = files.load_fault(error)
+        raise ReportedError(f"{flag}: {path} cannot be read ({fault})") from None
 
 
 def saved_step_size(what, flag):
@@ -93,9 +112,9 @@ def saved_step_size(what, flag):
         return None
     try:
         alpha = float(syn_lr)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         alpha = math.nan
-    if not 0 < alpha < math.inf:
+    if not 0 < alpha < 1e30 or isinstance(syn_lr, bool):
         raise ReportedError(
             f"{flag}: what is saved with {what} as α (syn_lr_*.pt) is no step size, a positive "
             f"number, but {description(syn_lr)}"
@@ -128,32 +147,34 @@ def load_set(what, form, flag):
 
 
 def as_images(found):
-    """The same in float32, if nothing is lost by it."""
-    return as_float32(found) if isinstance(found, torch.Tensor) else found
+    """The same in float32."""
+    return found.detach().float() if is_plain(found) and found.is_floating_point() else found
 
 
 def as_labels(found):
-    """Classes as int64, probabilities as float32, if nothing is lost by it."""
-    if not isinstance(found, torch.Tensor):
+    """Classes as int64, probabilities and one-hot rows as float32."""
+    if not is_plain(found):
         return found
+    if found.dim() == 2 and found.shape[1] == 1:
+        found = found[:, 0]
     if found.dim() != 1:
-        return as_float32(found)
+        return found.detach().float()
     classes = found.to(torch.int64)
     return classes if torch.equal(classes.to(found.dtype), found) else found
 
 
-def as_float32(found):
-    if not found.is_floating_point():
-        return found
-    converted = found.detach().float()
-    is_same = torch.equal(converted.to(found.dtype).nan_to_num(), found.nan_to_num())
-    return converted if is_same else found
+def is_plain(found):
+    """Whether this is a tensor of numbers in memory."""
+    is_dense = isinstance(found, torch.Tensor) and found.layout == torch.strided
+    return is_dense and not (found.is_meta or found.is_quantized or found.is_complex())
 
 
 def description(found):
     """What a file holds, in a few words."""
     if not isinstance(found, torch.Tensor):
         return f"a {type(found).__name__}"
+    if not is_plain(found):
+        return f"{tuple(found.shape)} {found.dtype} on {found.device}, {found.layout}"
     kind = str(found.dtype).removeprefix("torch.")
     values = f", {found.min():.4g} to {found.max():.4g}" if found.numel() else ""
     if found.dim() == 2 and found.is_floating_point():
@@ -163,7 +184,7 @@ def description(found):
 
 
 def is_image_set(images, form):
-    if not (isinstance(images, torch.Tensor) and images.dtype == torch.float32):
+    if not (is_plain(images) and images.dtype == torch.float32):
         return False
     if images.dim() != 4 or not len(images) or images.shape[1] != 3:
         return False
@@ -172,7 +193,7 @@ def is_image_set(images, form):
 
 
 def is_label_set(labels, images, form):
-    if not isinstance(labels, torch.Tensor):
+    if not is_plain(labels):
         return False
     if labels.dtype == torch.float32:
         fits = labels.shape == (len(images), form.num_classes) and bool((labels >= 0).all())

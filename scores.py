@@ -46,9 +46,12 @@ class Evaluations:
 
     @property
     def comparable(self):
-        """The evaluations of the same networks as the latest one."""
-        names = self.rows[-1]["scores"].keys()
-        return [row for row in self.rows if row["scores"].keys() == names]
+        """The evaluations of the same networks as the latest one, trained as long."""
+
+        def kind(row):
+            return row["scores"].keys(), row["epochs"]
+
+        return [row for row in self.rows if kind(row) == kind(self.rows[-1])]
 
     @property
     def best(self):

@@ -125,8 +125,12 @@ class State:
     def go_on(self, iterations, evaluator):
         """Take up a run that may have been finished, and may be evaluated in another way."""
         self.finished &= len(self.losses) == iterations
-        if self.baselines and self.baselines[0]["scores"].keys() != evaluator.pool.keys():
-            self.baselines = []  # they are for networks that are trained no more
+        # Baselines are for the same networks, trained as long, and as many.
+        wanted = evaluator.pool.keys(), evaluator.epochs, evaluator.num_eval
+        for row in self.baselines[:1]:
+            scores = row["scores"]
+            seen = scores.keys(), row["epochs"], len(next(iter(scores.values())).test)
+            self.baselines = [] if seen != wanted and not self.finished else self.baselines
 
     def save(self, path):
         content = {

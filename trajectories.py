@@ -71,6 +71,11 @@ def read_record(path):
                 "file: train into another --buffer_path, or move the .json away, and they are read "
                 "as MTT's"
             )
+        if not (isinstance(content, dict) and kinds.keys() & content.keys()):
+            raise ReportedError(
+                f"{record_path} is no record of this project: move it away, and {path.name} is "
+                "read as MTT's"
+            )
         record = files.read_json(record_path, **kinds)
         expert = record["expert"]
         if not (isinstance(expert["seed"], int) and expert["loss"]):
@@ -79,7 +84,7 @@ def read_record(path):
             raise ValueError("its expert has no test accuracy")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         fault = f"{type(error).__name__}: {first_line(error)}"
         raise DamagedFile(f"{record_path} is damaged ({fault}): {REMEDY}") from None
     size = path.stat().st_size
@@ -109,7 +114,8 @@ def read_trajectories(path):
         trajectories = as_trajectories(found)
     except Exception as error:  # torch.load raises whatever the file's bytes trigger
         remedy = REMEDY if record else FOREIGN_REMEDY
-        raise DamagedFile(f"{path} is no trajectory file ({first_line(error)}): {remedy}") from None
+        fault = files.load_fault(error)
+        raise DamagedFile(f"{path} is no trajectory file ({fault}): {remedy}") from None
     if record and len(trajectories) != 1:
         raise DamagedFile(f"{path} holds {len(trajectories)} experts, its record one: {REMEDY}")
     return trajectories, record
@@ -130,7 +136,10 @@ def as_trajectories(found):
     def tensor(of):
         if not isinstance(of, torch.Tensor):
             raise fault
-        return of.detach()
+        is_plain = of.is_floating_point() and of.layout == torch.strided and not of.is_meta
+        if not is_plain:
+            raise TypeError(f"its parameters are {of.dtype} on {of.device}, {of.layout}")
+        return of.detach().float()
 
     trajectories = []
     for expert in parts(found, list, tuple):
@@ -142,7 +151,9 @@ def as_trajectories(found):
 def outline(found):
     """What is nested how, by the first of each: "a list of 2 lists of 3 tensors"."""
     words, level = f"a {type(found).__name__.lower()}", found
-    while isinstance(level, (list, tuple, dict)):
+    for _ in range(5):  # a list may hold itself
+        if not isinstance(level, (list, tuple, dict)):
+            break
         first = next(iter(level.values() if isinstance(level, dict) else level), None)
         if first is None:
             return f"{words} of nothing"
@@ -240,7 +251,13 @@ class Experts:
         means = []
         for x in images.split(FORWARD_BATCH):
             means.append(torch.stack([student(x, theta) for theta in thetas]).mean(0))
-        return torch.cat(means)
+        logits = torch.cat(means)
+        if not logits.isfinite().all():
+            raise ReportedError(
+                "the experts' labels are not finite: one has diverged by its last epoch; leave it "
+                "out (--max_files), or use --labels=hard"
+            )
+        return logits
 
     @torch.no_grad()
     def features(self, student, images):
@@ -320,7 +337,7 @@ def load_experts(folder, shapes, max_files, max_experts, skip_damaged):
     for expert in members:
         if any([p.shape for p in snapshot] != shapes for snapshot in expert.trajectory):
             raise ReportedError(
-                f"{folder} holds experts of another architecture: use the --model (and --im_size) "
-                "that made them"
+                f"{folder} holds experts of another architecture, or with parameters in another "
+                "order: use the --model (and --im_size) that made them"
             )
     return Experts(require_experts(members))

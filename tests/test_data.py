@@ -91,7 +91,7 @@ def test_images_and_labels_come_as_uint8_and_int64_sorted_by_class(folder):
 
 
 @pytest.mark.parametrize(
-    "inside", ["2750", "EuroSAT_RGB", "EuroSAT", "EuroSAT/2750", "eurosat/2750"]
+    "inside", ["2750", "EuroSAT_RGB", "eurosat_rgb", "EuroSAT/2750", "eurosat/2750"]
 )
 def test_class_folders_are_found_in_the_known_subfolders(folder, tmp_path, digest, inside):
     (tmp_path / "other" / inside).parent.mkdir(parents=True)
@@ -124,6 +124,12 @@ def test_class_folders_in_lower_case_are_found(folder, digest):
         (folder / f"{name}_").rename(folder / name.lower())
     images = load_eurosat(folder)
     assert images.digest == digest and images.classes == CLASS_NAMES
+
+
+def test_a_class_that_is_there_twice_is_named(folder):
+    (folder / "river").mkdir()
+    with pytest.raises(ReportedError, match="holds River and river: make them one"):
+        load_eurosat(folder)
 
 
 def test_an_archive_with_backslashes_and_lower_case_is_unpacked(folder, tmp_path, digest):

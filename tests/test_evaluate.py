@@ -490,6 +490,24 @@ def test_sets_of_other_tools_are_read(evaluate, refuse, flags, tmp_path):
     _, soft = evaluate(*flags, f"--evaluate={tmp_path}")
     assert soft["images"] == 10
 
+    dicts = [
+        {"image_tensor": IMAGES, "soft_labels": None, "hard_labels": LABELS, "syn_lr": 0.01},
+        {"images": IMAGES.double(), "labels": LABELS[:, None], "syn_lr": 0.01},
+        {"data": [IMAGES, LABELS.int()], "syn_lr": 0.01},
+        (IMAGES, LABELS),
+    ]
+    for content in dicts:
+        torch.save(content, tmp_path / "set.pt")
+        _, read = evaluate(*flags, f"--evaluate={tmp_path / 'set.pt'}", "--lr_teacher=0.01")
+        assert read["scores"] == bare["scores"]
+    torch.save((IMAGES, torch.eye(10, dtype=torch.int64)), tmp_path / "set.pt")
+    _, one_hot = evaluate(*flags, f"--evaluate={tmp_path / 'set.pt'}", "--lr_teacher=0.01")
+    assert one_hot["scores"] == soft["scores"]
+    for content in ({"data": 5}, {"data": {"a": 1}}, {"pictures": IMAGES}, {}):
+        torch.save(content, tmp_path / "set.pt")
+        refuse("holds no images with labels, but a dict", *flags, f"--evaluate={tmp_path}/set.pt")
+        (tmp_path / "cwd").rmdir()
+
     torch.save(IMAGES, tmp_path / "syn.pt")
     refuse("there are no labels: name a run", *flags, f"--evaluate={tmp_path / 'syn.pt'}")
 
@@ -514,7 +532,6 @@ IMAGES, LABELS = torch.zeros(10, 3, 16, 16), torch.arange(10)
         (torch.zeros(10, 3, 16, 20), LABELS),
         (torch.zeros(0, 3, 16, 16), torch.arange(0)),
         (torch.full((10, 3, 16, 16), torch.nan), LABELS),
-        (IMAGES.double() + 1e-12, LABELS),  # float32 cannot hold it
         ((255 * IMAGES).byte(), LABELS),
         ([1, 2], LABELS),
         (IMAGES, torch.arange(9)),
@@ -522,6 +539,8 @@ IMAGES, LABELS = torch.zeros(10, 3, 16, 16), torch.arange(10)
         (IMAGES, LABELS - 1),
         (IMAGES, LABELS + 0.5),
         (IMAGES, torch.ones(10, 10)),  # logits
+        (IMAGES.to_sparse(), LABELS),
+        (IMAGES, LABELS * 1j),
     ],
 )
 def test_foreign_tensors_are_refused(refuse, flags, images, labels, tmp_path):
@@ -532,7 +551,8 @@ def test_foreign_tensors_are_refused(refuse, flags, images, labels, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "syn_lr", [torch.tensor(-0.1), torch.tensor(torch.nan), torch.ones(2), [0.1]]
+    "syn_lr",
+    [torch.tensor(-0.1), torch.tensor(torch.nan), torch.ones(2), [0.1], 10**400, 1e300, True],
 )
 def test_a_saved_step_size_that_is_none_is_refused(refuse, flags, syn_lr, tmp_path):
     torch.save(IMAGES, tmp_path / "images_best.pt")

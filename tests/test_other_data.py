@@ -217,6 +217,16 @@ def test_what_is_left_out_of_pictures_is_counted(pictures):
     assert messages[2].startswith("9 of 37 pictures have an alpha channel, which is left out, ")
 
 
+def test_a_bitmap_of_16_bits_per_pixel_has_less_than_8_per_channel(tmp_path):
+    pixels = np.full((16, 16), 0b11111_000000_00000, "<u2").tobytes()  # red, in 5-6-5
+    masks = struct.pack("<III", 0b11111 << 11, 0b111111 << 5, 0b11111)
+    head = struct.pack("<2sIHHI", b"BM", 66 + len(pixels), 0, 0, 66)
+    info = struct.pack("<IiiHHIIiiII", 40, 16, 16, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    (tmp_path / "red.bmp").write_bytes(head + info + masks + pixels)
+    (image,) = picture_files.decode_pictures([tmp_path / "red.bmp"], 16, crop=False)
+    assert image[:, 0, 0].tolist() == [255, 0, 0]
+
+
 def test_pictures_are_turned_as_exif_says(tmp_path):
     upright = picture(0, 16, 16)
     exif = Image.Exif()
@@ -293,6 +303,17 @@ def sixteen_bits_as_tiff(folder):
     (folder / "town" / "0.tif").write_bytes(head + pixels + directory)
 
 
+def sixteen_bits_in_planes(folder):
+    """The same, one plane after the other, as Pillow reads by the low bytes."""
+    sixteen_bits_as_tiff(folder)
+    path = folder / "town" / "0.tif"
+    content = bytearray(path.read_bytes())
+    place = len(content) - 4 - 9 * 12 - 2
+    content[place : place + 2] = struct.pack("<H", 10)
+    content[-4:] = struct.pack("<HHII", 284, 3, 1, 2) + content[-4:]
+    path.write_bytes(content)
+
+
 def floats(folder):
     Image.fromarray(np.ones((20, 20), np.float32)).save(folder / "town" / "0.tif")
 
@@ -330,6 +351,7 @@ FAULTS = [
     (sixteen_bits_in_colour, r"town/0\.png has 16 bits per channel: scale its values to 8 bits"),
     (sixteen_bits_as_ppm, r"town/0\.ppm has 16 bits per channel: scale its values"),
     (sixteen_bits_as_tiff, r"town/0\.tif cannot be decoded|town/0\.tif has 16 bits per channel"),
+    (sixteen_bits_in_planes, r"town/0\.tif (has 16 bits|cannot be decoded)"),
     (floats, r"town/0\.tif has floating-point values per channel: scale its values to 8 bits"),
     (damaged, r"town/0\.png cannot be decoded"),
     (a_damaged_header, r"town/0\.ppm cannot be decoded"),

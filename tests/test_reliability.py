@@ -249,6 +249,21 @@ def test_a_resumed_run_may_be_evaluated_in_another_way(finish, specks_run, tmp_p
     assert "MLP" in out
 
 
+def test_a_finished_run_stays_as_it_is_and_its_baselines_follow_its_evaluations(
+    finish, specks_run, tmp_path
+):
+    finish(DISTILLATION, *specks_run, "--Iteration=2", "--eval_it=2", cwd=tmp_path)
+    record = (folder_of(tmp_path) / "run.json").read_bytes()
+    other = ["--eval_it=1", "--epoch_eval_train=3"]
+    out = finish(DISTILLATION, *specks_run, *other, "--Iteration=2", cwd=tmp_path)
+    assert "finished before" in out
+    assert (folder_of(tmp_path) / "run.json").read_bytes() == record
+    finish(DISTILLATION, *specks_run, *other, "--Iteration=3", cwd=tmp_path)
+    results = json.loads((folder_of(tmp_path) / "results.json").read_text())
+    assert {row["epochs"] for row in results["random_real"]} == {3}
+    assert results["best_iteration"] == 3  # the only one of so many epochs
+
+
 def test_a_run_starts_from_another_ones_images_labels_and_step_size(
     finish, start, specks_run, undisturbed, tmp_path
 ):

@@ -287,6 +287,7 @@ def test_a_foreign_file_is_refused_by_name(tmp_path, content):
         ({"images": torch.zeros(2)}, "a dict of 1 tensors"),
         ([[[torch.zeros(1), "b"]]], "a list of 1 lists of 1 lists of 2 tensors"),
         ([[]], "a list of 1 lists of nothing"),
+        ([[[[[[[[1]]]]]]]], "a list of 1 lists of 1 lists of 1 lists of 1 lists of 1 lists"),
         (3, "a int"),
     ],
 )
@@ -313,6 +314,26 @@ def test_good_experts_in_another_form_are_read(tmp_path):
         assert record is None
         torch.testing.assert_close(read, [expert], rtol=0, atol=0)
         assert not any(p.requires_grad for snapshot in read[0] for p in snapshot)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_parameters_of_other_precision_are_taken_in_float32(tmp_path, dtype):
+    expert = [[torch.ones(2, 3, dtype=dtype) * k, torch.ones(4)] for k in range(3)]
+    torch.save([expert], tmp_path / "replay_buffer_0.pt")
+    with pytest.warns(UserWarning, match="no record"):
+        experts = load(tmp_path)
+    assert {p.dtype for p in experts.members[0].trajectory[2]} == {torch.float32}
+    experts.digest()
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [torch.ones(2, 3).int(), torch.ones(2, 3) > 0, torch.ones(2, 3) * 1j, torch.eye(3).to_sparse()],
+)
+def test_parameters_that_are_none_are_refused(tmp_path, parameter):
+    torch.save([[[parameter]]], tmp_path / "replay_buffer_0.pt")
+    with pytest.raises(ReportedError, match="its parameters are torch"):
+        trajectories.read_trajectories(tmp_path / "replay_buffer_0.pt")
 
 
 def test_the_serialisation_of_pytorch_before_1_6_is_read(saved):
@@ -363,12 +384,21 @@ def test_a_damaged_record_is_refused_by_name(tmp_path, changes):
         trajectories.read_record(path)
 
 
-@pytest.mark.parametrize("text", ['{"settings": ', "[]", "{}", ""])
-def test_a_record_that_is_none_is_refused_by_name(tmp_path, text):
+@pytest.mark.parametrize("text", ['{"settings": ', "", "[" * 100_000])
+def test_a_damaged_record_is_refused_by_its_name(tmp_path, text):
     (tmp_path / "replay_buffer_0.pt").write_text("is")
     (tmp_path / "replay_buffer_0.json").write_text(text)
     with pytest.raises(ReportedError, match=r"replay_buffer_0\.json is damaged"):
         trajectories.read_record(tmp_path / "replay_buffer_0.pt")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"lr": 0.1}'])
+def test_a_record_of_others_is_not_to_cost_the_trajectories(tmp_path, text):
+    (tmp_path / "replay_buffer_0.pt").write_text("is")
+    (tmp_path / "replay_buffer_0.json").write_text(text)
+    with pytest.raises(ReportedError, match="no record of this project: move it away") as error:
+        trajectories.read_record(tmp_path / "replay_buffer_0.pt")
+    assert "remove" not in str(error.value)
 
 
 def test_each_setting_that_differs_is_named_and_no_other(tmp_path):
