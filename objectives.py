@@ -1,6 +1,6 @@
 """What the student is to reach on synthetic images: an expert's later epoch, or a low real loss.
 
-An objective is drawn anew in each iteration, as a `Task`. Both are functions of the student's
+Each iteration draws an objective, as a `Task`. Both are functions of the student's
 parameters θ_N after the N steps that are differentiated; reparam_module.py has their mathematics.
 """
 
