@@ -85,7 +85,8 @@ def test_compilation_and_bfloat16_change_a_run_only_a_little(
         done = run(DISTILLATION, *flags, *more, cwd=tmp_path)
         if "torch.compile failed" in done.stderr:
             pytest.skip("no C++ compiler, or no header files of Python")
-        assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+        others = [line for line in done.stderr.splitlines() if "EuroSAT has 27000" not in line]
+        assert done.returncode == 0 and not any("warning" in line for line in others), others
         record = json.loads((tmp_path / f"logs/EuroSAT/{compile}/results.json").read_text())
         losses[compile] = [row["loss"] for row in record["evaluations"][1:]]
     assert "compiled step in" in done.stdout
