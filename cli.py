@@ -292,6 +292,12 @@ def default_name(settings):
     return f"{settings['model']}_ipc{settings['ipc']}{zca}_seed{settings['seed']}_{digest}"
 
 
+def data_flags(args):
+    """Which data a run takes, as `datasets.load_data` takes it."""
+    names = ("dataset", "data_path", "zca", "val_fraction", "im_size")
+    return {name: getattr(args, name) for name in names}
+
+
 def wandb_flags(args):
     """Where a run goes on Weights & Biases, as `wandb_page.Dashboard` takes it."""
     return {

@@ -203,12 +203,8 @@ def load_inputs(args):
     # Minutes, where images are whitened for the first time.
     print(process.describe(device, compiler.amp), flush=True)
     data = datasets.load_data(
-        args.dataset,
-        args.data_path,
-        args.zca,
-        args.val_fraction,
-        device,
-        args.im_size,
+        **cli.data_flags(args),
+        device=device,
         check=lambda settings: experts.check_settings(settings | {"model": args.model}),
     )
     real_sets = image_sets.random_real_sets(data, args.ipc, args.num_eval, args.seed)
@@ -252,6 +248,14 @@ def settings_of(args, inputs, state):
         "data": inputs.data.settings["digest"],
         "experts": inputs.experts.digest() if inputs.experts.members else None,
     }
+
+
+def soften(args, inputs, state):
+    """Give the images probabilities for labels: of the set they start from, or the experts'."""
+    logits = state.logits
+    if logits is None:
+        logits = inputs.experts.logits(inputs.student, state.image_syn.detach())
+    state.soften(logits, args.lr_labels if args.labels == "learned" else None)
 
 
 def student_augment(args, form, apply=utils.apply_group):
@@ -304,10 +308,7 @@ def main():
     device = data.train[0].device
     state = State(args, data)
     if args.labels != "hard":
-        logits = state.logits
-        if logits is None:
-            logits = inputs.experts.logits(inputs.student, state.image_syn.detach())
-        state.soften(logits, args.lr_labels if args.labels == "learned" else None)
+        soften(args, inputs, state)
     augment = student_augment(args, data.form, inputs.compiler.augmentation(device))
     unroll, advance = make_unroll(args, inputs, state.batch_maker(augment))
     objective = make_objective(args, inputs)
@@ -334,8 +335,7 @@ def main():
             if due and not state.evaluations.has(it, evaluator.pool.keys()):  # as after a kill
                 images = state.image_syn.detach()
                 scores = evaluator(images, state.labels, alpha, (args.seed, it))
-                seconds = state.seconds
-                state.evaluations.add(scores, alpha, state.losses, seconds, evaluator.epochs)
+                state.evaluations.add(scores, alpha, state.losses, state.seconds, evaluator.epochs)
                 process.write_line(report.evaluation_lines(state.evaluations.rows[-1]))
                 report.save_images(run, data, state)
                 report.save_results(run, inputs, state)

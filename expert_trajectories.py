@@ -30,6 +30,7 @@ from cli import (
     add_shared_flags,
     boolean,
     count,
+    data_flags,
     fraction,
     not_negative,
     preset_flags,
@@ -201,12 +202,8 @@ def main():
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     seeds_in(folder, training | {"val_fraction": args.val_fraction})
     data = datasets.load_data(
-        args.dataset,
-        args.data_path,
-        args.zca,
-        args.val_fraction,
-        device,
-        args.im_size,
+        **data_flags(args),
+        device=device,
         check=lambda settings: seeds_in(folder, settings | training | {"model": args.model}),
     )
     settings = data.settings | {"model": args.model}
