@@ -49,7 +49,7 @@ class Evaluations:
         """The evaluations of the same networks as the latest one, trained as long."""
 
         def kind(row):
-            return row["scores"].keys(), row["epochs"]
+            return row["scores"].keys(), row.get("epochs")  # earlier versions kept none
 
         return [row for row in self.rows if kind(row) == kind(self.rows[-1])]
 

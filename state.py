@@ -129,7 +129,7 @@ class State:
         wanted = evaluator.pool.keys(), evaluator.epochs, evaluator.num_eval
         for row in self.baselines[:1]:
             scores = row["scores"]
-            seen = scores.keys(), row["epochs"], len(next(iter(scores.values())).test)
+            seen = scores.keys(), row.get("epochs"), len(next(iter(scores.values())).test)
             self.baselines = [] if seen != wanted and not self.finished else self.baselines
 
     def save(self, path):
