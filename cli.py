@@ -1,8 +1,6 @@
 """The command line of both scripts: its parser, the flags that they share, and the presets."""
 
 import argparse
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -14,21 +12,23 @@ import files
 from datasets import DATASETS, IM_SIZE
 from networks import ALIASES
 from process import ReportedError
+from runs import COMMANDS
 from utils import DSA_STRATEGY
+from wandb_page import PROJECT
 
 # --------------------------------------------------------------------------------------------------
 # Types of arguments
 
 
 def boolean(text):
-    """MTT's booleans (`--dsa True`); argparse's `type=bool` would take "False" for true."""
+    """MTT's booleans (`--dsa True`). argparse's `type=bool` would take "False" as true."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
 
 
 def number(kind, minimum, *, exclusive=False, below=math.inf):
-    """A type of numbers from `minimum` (above it, if `exclusive`) to less than `below`."""
+    """An argument type: numbers from `minimum` (above it if `exclusive`) to less than `below`."""
     what = "a whole number" if kind is int else "a number"
     limit = f"{'more than' if exclusive else 'at least'} {minimum}"
     if below < math.inf:
@@ -54,21 +54,21 @@ fraction = number(float, 0, below=1)
 
 
 def folder_path(text):
-    """A folder's path, `~` expanded: shells leave it alone after `--flag=`."""
-    return Path(os.path.expanduser(text))  # pathlib's raises an error for an unknown user
+    """A folder's path with `~` expanded, which shells leave alone after `--flag=`."""
+    return Path(os.path.expanduser(text))  # pathlib's version raises an error for an unknown user
 
 
 def folder_name(text):
     """The name of a run, which must not lead out of --log_dir."""
     if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no name of a folder in --log_dir: choose one without '/'"
+            f"{text!r} is not a valid folder name in --log_dir: choose one without '/'"
         )
     return text
 
 
 def choice(names):
-    """A type of one of `names`."""
+    """An argument type that takes one of `names`."""
 
     def parse(text):
         if text not in names:
@@ -107,7 +107,7 @@ def wandb_name(text):
     """A name that wandb takes."""
     if not text or any(c in text for c in "/\\#?%:"):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no name on wandb: at least one character, none of /\\#?%:"
+            f"{text!r} is not a valid wandb name: use at least one character, none of /\\#?%:"
         )
     return text
 
@@ -125,10 +125,10 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but flags have topics and layers, none may be abbreviated, and faults take a line.
+    """argparse with topics, layers of flags, no abbreviations, and one-line errors.
 
-    `given` parses the command line, once, and knows only what it says. `complete` lays that over
-    other layers, the flags of a preset or of a saved run, and over the defaults.
+    `given` parses the command line once, and returns only the flags on it. `complete` lays them
+    over other layers, such as the flags of a preset or of a saved run, and over the defaults.
     """
 
     def __init__(self, description):
@@ -144,7 +144,7 @@ class Parser(argparse.ArgumentParser):
         self.defaults = {}
 
     def topic(self, title):
-        """A function that adds a flag under this title of the help."""
+        """A function that adds a flag under this heading of the help."""
         if title not in self.topics:
             self.topics[title] = self.add_argument_group(title)
         group = self.topics[title]
@@ -165,7 +165,7 @@ class Parser(argparse.ArgumentParser):
         return vars(self.parse_args())
 
     def complete(self, *layers):
-        """All flags as a namespace; of two layers (dictionaries), the later one wins."""
+        """All flags as a namespace. Layers are dictionaries, and later ones win."""
         values = dict(self.defaults)
         for layer in layers:
             values |= layer
@@ -174,8 +174,8 @@ class Parser(argparse.ArgumentParser):
     def checked(self, flags, source):
         """Flags from a file, converted as on the command line.
 
-        Raises ReportedError, naming the file `source`, for those that it would not take, and for
-        COMMANDS, which no run records.
+        Raises ReportedError, naming the file `source`, for flags that the command line would
+        reject, and for COMMANDS, which no run records.
         """
         values = {}
         for name, value in flags.items():
@@ -189,7 +189,7 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def recorded(self, folder):
-        """The flags of the run in a folder; none where there is no run, as beside MTT's images."""
+        """The flags of the run in a folder; none if there is no run, as beside MTT's images."""
         record = files.read_run(folder)
         return self.checked(record.flags, folder / files.RUN_RECORD) if record else {}
 
@@ -201,37 +201,34 @@ class Parser(argparse.ArgumentParser):
 # Flags of both scripts
 
 
-PROJECT = "DatasetDistillation"  # on wandb
-
-
 def add_shared_flags(parser, batch_train):
     """Add the flags of both scripts; `batch_train` is the script's own default batch size."""
     has_cuda = torch.cuda.is_available()
     add = parser.topic("data")
     names = ", ".join(PRESETS)
-    add("--preset", choice(PRESETS), None, "NAME", f"settings by name, other flags win: {names}")
+    add("--preset", choice(PRESETS), None, "NAME", f"named settings; other flags override: {names}")
     add("--dataset", dataset, "EuroSAT", "NAME", ", ".join(DATASETS))
-    add("--data_path", folder_path, Path("data"), "DIR", "folder of the data set and of its caches")
+    add("--data_path", folder_path, Path("data"), "DIR", "folder of the data set and its caches")
     side = number(int, 2, below=4097)
-    size = f"side of the images of ImageFolder, ToySAT (default: {IM_SIZE})"
+    size = f"image side, for ImageFolder and ToySAT (default: {IM_SIZE})"
     add("--im_size", side, None, "PIXELS", size)
-    add("--zca", boolean, False, "BOOL", "ZCA whitening instead of normalisation by channel")
-    validation = "part of the training images to choose the best iteration on; 0: the test set"
+    add("--zca", boolean, False, "BOOL", "ZCA whitening instead of per-channel normalisation")
+    validation = "share of training images to select the best iteration on; 0: the test set"
     add("--val_fraction", fraction, 0.1, "[0,1)", validation)
     add("--buffer_path", folder_path, Path("buffers"), "DIR", "folder of the expert trajectories")
 
     add = parser.topic("network and training")
     networks = "ConvNet and variants (ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16"
     add("--model", model, "ConvNet", "NAME", networks)
-    add("--lr_teacher", positive, 0.01, "RATE", "experts' learning rate, and where α starts")
-    add("--batch_train", count, batch_train, "IMAGES", "images per batch of a network's training")
+    add("--lr_teacher", positive, 0.01, "RATE", "experts' learning rate, and the initial α")
+    add("--batch_train", count, batch_train, "IMAGES", "batch size for training networks")
     add("--dsa", boolean, True, "BOOL", "differentiable Siamese augmentation; False: plain")
     groups = "DSA groups, one of which is drawn per batch"
     add("--dsa_strategy", strategy, DSA_STRATEGY, "GROUPS", groups)
 
     add = parser.topic("machine")
     seed = number(int, 0, below=2**31)
-    add("--seed", seed, 0, "N", "everything random follows from it")
+    add("--seed", seed, 0, "N", "seed of everything random")
     add("--device", str, "cuda" if has_cuda else "cpu", "NAME", "torch device")
     add("--compile", boolean, True, "BOOL", "torch.compile experts, student and evaluation")
     off = {"dest": "compile", "action": "store_false"}
@@ -240,71 +237,16 @@ def add_shared_flags(parser, batch_train):
 
     add = parser.topic("Weights & Biases")
     modes = choice(("online", "offline", "disabled"))
-    add("--wandb_mode", modes, None, "MODE", "online if logged in, else offline; or disabled")
+    add("--wandb_mode", modes, None, "MODE", "online (default, if logged in), offline, disabled")
     project = f"project (default: WANDB_PROJECT, or {PROJECT})"
     add("--wandb_project", wandb_name, None, "NAME", project)
     add("--wandb_entity", wandb_name, None, "NAME", "user or team (default: yours)")
 
 
-# --------------------------------------------------------------------------------------------------
-# What a run is
-
-
-# Flags that say what a command does, and where.
-COMMANDS = {"log_dir", "run_name", "resume", "evaluate", "export", "preset"}
-# Flags that only observe a run, or end it: they may change when it is resumed.
-OBSERVING = {"Iteration", "eval_it", "num_eval", "eval_mode", "epoch_eval_train", "batch_real"}
-# Flags that no result depends on, or that the digests of data and experts stand for.
-WITHOUT_EFFECT = {"data_path", "buffer_path", "im_size", "checkpoint_every", "device"}
-WITHOUT_EFFECT |= {"load_all", "skip_damaged", "force_save", "unroll_memory"}
-WITHOUT_EFFECT |= {"wandb_mode", "wandb_project", "wandb_entity"}
-
-
-def run_settings(args):
-    """The flags that a result depends on."""
-    left_out = COMMANDS | WITHOUT_EFFECT
-    if not args.dsa:
-        left_out |= {"dsa_strategy"}
-    if not args.texture:
-        left_out |= {"canvas_size", "canvas_samples"}
-    objective = getattr(args, "objective", None)  # experts have none
-    if objective == "trajectory":
-        left_out |= {"total_steps", "batch_objective"}
-    if objective == "loss":
-        left_out |= {"expert_epochs", "max_start_epoch"}
-    if objective and args.labels != "learned":
-        left_out |= {"lr_labels"}
-    settings = {name: value for name, value in vars(args).items() if name not in left_out}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-
-
-def run_flags(args):
-    """The flags that `--resume` starts a run with, paths made absolute."""
-    flags = {name: value for name, value in vars(args).items() if name not in COMMANDS}
-    return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in flags.items()}
-
-
-def default_name(settings):
-    """The name of a run's folder, from what sets its course: flags and inputs."""
-    course = {name: value for name, value in settings.items() if name not in OBSERVING}
-    digest = hashlib.sha256(json.dumps(course, sort_keys=True).encode()).hexdigest()[:6]
-    zca = "_zca" if settings["zca"] else ""
-    return f"{settings['model']}_ipc{settings['ipc']}{zca}_seed{settings['seed']}_{digest}"
-
-
 def data_flags(args):
-    """Which data a run takes, as `datasets.load_data` takes it."""
+    """The flags that choose a run's data, as arguments of `datasets.load_data`."""
     names = ("dataset", "data_path", "zca", "val_fraction", "im_size")
     return {name: getattr(args, name) for name in names}
-
-
-def wandb_flags(args):
-    """Where a run goes on Weights & Biases, as `wandb_page.Dashboard` takes it."""
-    return {
-        "mode": args.wandb_mode,
-        "project": args.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT,
-        "entity": args.wandb_entity,
-    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,7 +266,7 @@ ZCA = {"zca": True}
 
 FLAGS = ("ipc", "syn_steps", "expert_epochs", "max_start_epoch", "lr_img", "lr_lr", "lr_teacher")
 FLAGS += ("batch_syn", "labels")
-TABLE = {  # of both scripts, of the experts, of the distillation: values of FLAGS, None: default
+TABLE = {  # for both scripts, for experts, for distillation: values of FLAGS, None: default
     "cifar10-1": (CIFAR10 | ZCA, MTT_EXPERTS, (1, 50, 2, 2, 100.0, 1e-7, 0.01)),
     "cifar10-10": (CIFAR10 | ZCA, MTT_EXPERTS, (10, 30, 2, 20, 100.0, 1e-5, 0.001)),
     "cifar10-50": (CIFAR10, MTT_EXPERTS, (50, 30, 2, 40, 1000.0, 1e-5, 0.001)),
@@ -348,7 +290,7 @@ PRESETS = {
 
 
 def preset_flags(name, script):
-    """The flags of a preset (None: none) for a `script`, "experts" or "distillation"; printed."""
+    """Print and return a preset's flags (None: none) for "experts" or "distillation"."""
     if name is None:
         return {}
     flags = PRESETS[name][script]

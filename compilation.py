@@ -1,4 +1,4 @@
-"""What `torch.compile` does here: to networks, and to the steps of students and evaluations."""
+"""How `torch.compile` applies to networks, and to the steps of students and evaluations."""
 
 import logging
 import operator
@@ -18,17 +18,17 @@ from utils import apply_group
 # --------------------------------------------------------------------------------------------------
 # The compiler
 
-# Of a step's activations, what a compiled step keeps for its derivative, from 0 to 1. At 0.4 these
-# are the results of convolutions and matrix products; from them the rest is computed once more,
-# which is faster than to write and read it.
+# The share of a step's activations that a compiled step keeps for its derivative, from 0 to 1. At
+# 0.4 these are the results of convolutions and matrix products. The rest is recomputed from them,
+# which is faster than writing and reading it.
 ACTIVATION_BUDGET = 0.4
 
 
 class Compiler:
     """How networks and functions run: through `torch.compile`, in bfloat16 (`amp`), or as they are.
 
-    Where something cannot be compiled, without a C++ compiler for instance, all runs as it is from
-    then on, after a warning.
+    If something cannot be compiled, for instance without a C++ compiler, everything runs uncompiled
+    from then on, after a warning.
     """
 
     def __init__(self, compile=True, amp=False):
@@ -62,14 +62,14 @@ class Compiler:
         return forward
 
     def function(self, function):
-        """A pure function from tensors to a tuple of tensors, compiled; on CUDA as a CUDA graph.
+        """Compile a pure function from tensors to a tuple of tensors, on CUDA as a CUDA graph.
 
-        It can be differentiated once. Its first call compiles it, with its derivative where a
-        tensor requires grad, and prints how long that took.
+        It can be differentiated once. The first call compiles it, with its derivative if a tensor
+        requires grad, and prints how long that took.
         """
         if not self.compile:
             return function
-        # The one without CUDA graphs is for `degrade`; neither is compiled before it is called.
+        # The one without CUDA graphs is for `degrade`. Neither is compiled before its first call.
         graphs = torch.compile(function, dynamic=False, mode="reduce-overhead")
         plain = torch.compile(function, dynamic=False)
         name = getattr(function, "func", function).__name__  # of a partial, the function's
@@ -84,6 +84,8 @@ class Compiler:
             if not self.compiles:
                 return function(*tensors)
             start = time.perf_counter()
+            if is_first:
+                write_line(f"compiling {name}")
             results = run(*tensors)
             if is_first and results[0].requires_grad:
                 differentiate(results, tensors)
@@ -98,9 +100,9 @@ class Compiler:
         return self.retrying(call)
 
     def augmentation(self, device):
-        """A function like `apply_group`, compiled on CUDA, for each group at its first call.
+        """A function like `apply_group`. On CUDA, each group is compiled at its first call.
 
-        A group has dozens of small kernels there, which take longer to launch than to run. On a
+        There, a group has dozens of small kernels, which take longer to launch than to run. On a
         CPU, compiling would take longer than it saves.
         """
         if device.type != "cuda" or not self.compile:
@@ -114,9 +116,10 @@ class Compiler:
         return apply
 
     def retrying(self, function):
-        """A pure function, called once more, with less of compilation, where that may have failed.
+        """A pure function that is retried with less compilation, if compilation may have failed.
 
-        CUDA and Triton raise RuntimeErrors, as much else does: what fails for good is raised.
+        CUDA and Triton raise RuntimeErrors, but so does much else. A call that keeps failing
+        raises.
         """
 
         def call(*args):
@@ -130,7 +133,7 @@ class Compiler:
         return call
 
     def degrade(self, error):
-        """Do without CUDA graphs; the next time, without compilation. False: it is neither."""
+        """Drop CUDA graphs, and the next time compilation. False: the error comes from neither."""
         may_be = torch.cuda.is_available() or isinstance(error, TorchDynamoException)
         if not (self.compiles and may_be):
             return False
@@ -143,13 +146,13 @@ class Compiler:
 
 
 def differentiate(results, tensors):
-    """Compute the derivative of a compiled function once, which compiles it, too."""
+    """Compute the derivative of a compiled function once, so that it is compiled too."""
     leaves = [tensor for tensor in tensors if tensor.requires_grad]
     torch.autograd.grad(results[0], leaves, torch.zeros_like(results[0]), allow_unused=True)
 
 
 class CompileFailures(logging.Filter):
-    """Turns PyTorch's log of a compilation that failed into one warning, and remembers it."""
+    """Turns PyTorch's log of a failed compilation into one warning, and remembers it."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +162,8 @@ class CompileFailures(logging.Filter):
         if record.exc_info and not self.seen:
             self.seen = True
             error = first_line(record.exc_info[1])
-            warnings.warn(f"torch.compile failed, continuing without it: {error}")
+            remedy = "it needs a C++ compiler, as g++; --no-compile does without"
+            warnings.warn(f"torch.compile failed, continuing without it: {error} ({remedy})")
         return not record.exc_info
 
 
@@ -172,12 +176,12 @@ aten = torch.ops.aten
 
 
 class SecondDerivatives(CustomGraphPass):
-    """Compute the second derivative of a convolution by its weights as cuDNN and oneDNN expect it.
+    """Compute a convolution's second derivative w.r.t. its weights as cuDNN and oneDNN expect it.
 
-    The adjoint a of a convolution's input and the adjoint g of its result give one of its weights.
-    PyTorch's derivative of a derivative computes it as a convolution of a with g as the kernel, as
-    large as the image, both with batch and channels swapped; for that, libraries have no fast
-    algorithm. It is the same as the weights' gradient of an ordinary convolution.
+    The adjoint a of a convolution's input and the adjoint g of its result give an adjoint of its
+    weights. PyTorch's double backward computes it as a convolution of a with the kernel g, which is
+    as large as the image, both with batch and channels swapped. Libraries have no fast algorithm
+    for that. It equals the weight gradient of an ordinary convolution.
     """
 
     def __call__(self, graph):
@@ -187,7 +191,7 @@ class SecondDerivatives(CustomGraphPass):
                 replace_convolution(graph, node, x, g)
 
     def uuid(self):
-        """What PyTorch's cache of compiled graphs knows this pass by."""
+        """The key of this pass in PyTorch's cache of compiled graphs."""
         return Path(__file__).read_bytes()
 
 
@@ -195,17 +199,17 @@ SWAP = [1, 0, 2, 3]  # batch and channels
 
 
 def swapped(node):
-    """What `node` is the swapped form of; None: it is none."""
+    """The node whose swapped form `node` is; None if it is no swap."""
     if node.target is aten.permute.default and list(node.args[1]) == SWAP:
         return node.args[0]
     return None
 
 
 def replace_convolution(graph, node, x, g):
-    """Put a gradient of weights in the place of the convolution of `x` with `g` that `node` is."""
+    """Replace `node`, the convolution of `x` with `g`, by a weight gradient."""
     _, _, _, dilation, padding, stride, *_, groups = node.args
     shape = node.meta["val"].transpose(0, 1).shape
-    # The derivative wants to see the weights, but only for their shape.
+    # The derivative takes the weights, but only for their shape.
     weights = (n.args[1] for n in x.users if n.target is aten.convolution.default)
     weights = [w for w in weights if w.meta["val"].shape == shape]
     if not weights:
@@ -222,7 +226,7 @@ def replace_convolution(graph, node, x, g):
 
 
 def append(graph, function, *args):
-    """A node that calls `function`, with the tensor that it will return for its `val`."""
+    """Append a node that calls `function`, with the tensor that it will return as its `val`."""
     node = graph.call_function(function, args)
     values = torch.fx.node.map_arg(args, lambda argument: argument.meta["val"])
     node.meta["val"] = function(*values)

@@ -24,7 +24,7 @@ from toysat import draw_toysat
 
 
 def torchvision_datasets():
-    """torchvision's data sets. Importing them takes a third of a script's start: only at need."""
+    """torchvision's data sets. Imported when needed: it takes a third of a script's start."""
     from torchvision import datasets
 
     return datasets
@@ -56,7 +56,7 @@ ARCHIVE_LIMIT = 2 * 10**9  # bytes that an archive may unpack to
 def load_eurosat(data_path):
     """All `Images` of EuroSAT below `data_path`, 64×64, sorted by class and name.
 
-    Raises ReportedError where the data cannot be had, or is incomplete or damaged.
+    Raises ReportedError if the data is unavailable, incomplete or damaged.
     """
     with files.locked(data_path, reader=True):  # one process unpacks, others wait for it
         folder = find_eurosat(data_path)
@@ -100,7 +100,7 @@ def class_parent(data_path):
 
 
 def in_any_case(folder, name):
-    """The subfolder whose path is `name`, in upper or lower case; None: there is none."""
+    """The subfolder `name`, in upper or lower case; None if there is none."""
     for part in Path(name).parts:
         exact = folder / part
         alike = folder.iterdir() if folder.is_dir() and not exact.is_dir() else ()
@@ -112,7 +112,7 @@ def in_any_case(folder, name):
 
 
 def class_folders(folder):
-    """The names of the folders of EuroSAT's classes in a folder, in any case, by class."""
+    """The names of EuroSAT's class folders in a folder, in any case, by class."""
     if not folder.is_dir():
         return {}
     lower = {name.lower(): name for name in CLASS_NAMES}
@@ -144,14 +144,14 @@ def download_eurosat(data_path):
 
 
 def scratch_folder(parent):
-    """A temporary folder, which `files.locked` removes where a killed process has left it."""
+    """A temporary folder. If a killed process leaves it behind, `files.locked` removes it."""
     return tempfile.TemporaryDirectory(dir=parent, prefix=".unpack", suffix=files.TEMPORARY)
 
 
 def unpack_eurosat(archive):
-    """Unpack the JPEGs of EuroSAT's class folders, wherever they are, into `2750/` beside it.
+    """Unpack the JPEGs of EuroSAT's class folders, wherever they are, to `2750/` beside `archive`.
 
-    Raises ReportedError for an archive that is damaged, too large, or another one.
+    Raises ReportedError for an archive that is damaged, too large, or not EuroSAT's.
     """
     with scratch_folder(archive.parent) as scratch:
         unpacked = Path(scratch) / "2750"
@@ -166,14 +166,14 @@ def unpack_eurosat(archive):
         if missing:
             raise ReportedError(
                 f"{archive} lacks JPEGs of {len(missing)} of EuroSAT's {len(CLASS_NAMES)} classes "
-                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): is it the RGB "
-                "archive, and whole? Nothing was unpacked"
+                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): is it the "
+                "complete RGB archive? Nothing was unpacked"
             )
         os.replace(unpacked, archive.parent / "2750")  # whole or not at all
 
 
 def unpack_jpegs(zipped, target):
-    """Unpack JPEGs in class folders by their last two names; no other part of a path is used."""
+    """Unpack JPEGs in class folders. Only the last two names of a path are used."""
     # Some tools write backslashes.
     named = [(member.filename.replace("\\", "/"), member) for member in zipped.infolist()]
     members = {name: member for name, member in named if is_jpeg(name.rpartition("/")[2])}
@@ -192,7 +192,7 @@ def unpack_jpegs(zipped, target):
 
 
 def is_jpeg(name):
-    """Whether a file of this name is an image; macOS leaves `._*.jpg` beside it, which are not."""
+    """Whether a file of this name is an image, unlike the `._*.jpg` that macOS leaves beside it."""
     return name.lower().endswith((".jpg", ".jpeg")) and not name.startswith(".")
 
 
@@ -224,8 +224,8 @@ def list_jpegs(folder, name):
 def load_toysat(data_path, im_size=IM_SIZE, per_class=300):
     """`Images` of ToySAT, a drawn stand-in for EuroSAT; `data_path` is not read."""
     images, labels = map(torch.from_numpy, draw_toysat(per_class))
-    # A version in place of a digest, since a sine's last bit differs between processors. Raise it
-    # with every change of the drawing, so that older experts and caches do not fit.
+    # A version instead of a digest, since the last bit of a sine differs between processors.
+    # Increment it with every change to the drawing, so that older experts and caches no longer fit.
     version = f"toysat-1-{per_class}"
     if im_size != IM_SIZE:
         images = F.interpolate(images.float(), size=im_size, mode="area").round().byte()
@@ -236,8 +236,8 @@ def load_toysat(data_path, im_size=IM_SIZE, per_class=300):
 def load_cifar(name, data_path):
     """`Images`, 32×32, of "CIFAR10" or "CIFAR100", as torchvision reads them.
 
-    torchvision unpickles their files, but compares them with known checksums first. Raises
-    ReportedError where they are missing or damaged, and cannot be downloaded.
+    torchvision unpickles the files, but verifies their checksums first. Raises ReportedError if
+    they are missing or damaged and cannot be downloaded.
     """
     dataset = getattr(torchvision_datasets(), name)
     with files.locked(data_path, reader=True):
@@ -266,8 +266,8 @@ def load_cifar(name, data_path):
 def load_image_folder(data_path, im_size):
     """`Images` of any folder of class folders, as torchvision's ImageFolder takes it.
 
-    They are scaled to cover the square, and its centre is taken. Raises ReportedError where a class
-    has none, and where one cannot be decoded.
+    Pictures are scaled to cover the square, then centre-cropped. Raises ReportedError if a class
+    has none, or if one cannot be decoded.
     """
     classes, *parts = image_folders(data_path)
     samples = [list_pictures(data_path, part, classes) for part in parts]
@@ -284,7 +284,8 @@ OTHER_PICTURES = (".gif", ".jp2", ".j2k", ".jfif", ".heic", ".avif")
 def list_pictures(data_path, part, classes):
     """Paths relative to `data_path`, and labels, of the pictures below its subfolder `part`.
 
-    Sorted by class and path. Hidden files, and what torchvision takes for no picture, are left out.
+    Sorted by class and path. Hidden files are left out, as are files that torchvision does not take
+    for pictures.
     """
 
     folder = torchvision_datasets().folder
@@ -303,8 +304,8 @@ def list_pictures(data_path, part, classes):
     if others:
         kinds = ", ".join(sorted({Path(path).suffix.lower() for path, _ in others}))
         warnings.warn(
-            f"{len(others)} pictures below {place} are left out ({kinds}): convert them to PNG if "
-            "they are meant"
+            f"{len(others)} pictures below {place} are left out ({kinds}): convert them to PNG to "
+            "include them"
         )
     try:
         samples = folder.make_dataset(data_path / part, labels_of, is_valid_file=is_picture)
@@ -319,10 +320,10 @@ PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "
 
 
 def image_folders(data_path):
-    """Class names, and the subfolder that has their folders, or those for training and for testing.
+    """Class names, and the subfolder of their folders, or those for training and for testing.
 
-    The latter where there are train/ and test/, val/ or val/images/, as in Tiny ImageNet. Raises
-    ReportedError where there are not two classes, and where training and testing differ in them.
+    The latter if there are train/ and test/, val/ or val/images/, as in Tiny ImageNet. Raises
+    ReportedError for fewer than two classes, or if training and testing have different ones.
     """
     classes, parts = classes_in(data_path, "."), ["."]
     tests = [part for part in ("test", "val", "val/images") if (data_path / part).is_dir()]
@@ -332,15 +333,15 @@ def image_folders(data_path):
         if not alike:
             raise ReportedError(
                 f"--data_path={data_path}: {' and '.join(tests)} do not have the {len(classes)} "
-                "class folders of train: sort the pictures into them, or name train itself, and it "
-                "is split"
+                "class folders of train: sort the pictures into them, or name train itself to "
+                "have it split"
             )
         parts = ["train", alike[0]]
     names = ", ".join(classes) or "none"
     if classes and all(name.lower() in PARTS for name in classes):
         raise ReportedError(
             f"--data_path={data_path} holds {names}, which are no classes: call them train and "
-            "test (or val), with a folder per class, or name one of them, and it is split"
+            "test (or val), with a folder per class, or name one of them to have it split"
         )
     if len(classes) < 2:
         raise ReportedError(
@@ -367,7 +368,7 @@ def classes_in(data_path, part):
 
 @dataclass(frozen=True)
 class DataSet:
-    load: Callable  # from --data_path, and if it `scales`, the side of the images, to `Images`
+    load: Callable  # makes `Images` from --data_path and, if it `scales`, the side of the images
     num_classes: int | None = None  # None: as many as the folder has
     im_size: int = IM_SIZE  # side of the images in pixels
     scales: bool = False  # to any side
@@ -390,13 +391,13 @@ DATASETS = {  # --dataset
 def form_of(dataset, data_path, im_size):
     """The `Form` of a data set, before its images are read; `im_size` None: its own side.
 
-    Raises ReportedError for another side than its own, unless it scales.
+    Raises ReportedError for a side other than its own, unless it scales.
     """
     source = DATASETS[dataset]
     if im_size not in (None, source.im_size) and not source.scales:
         raise ReportedError(
-            f"--im_size={im_size}: the images of {dataset} have {source.im_size} pixels a side; "
-            "leave it out, or use --dataset=ImageFolder, which scales"
+            f"--im_size={im_size}: the images of {dataset} have {source.im_size} pixels a side: "
+            "leave the flag out, or use --dataset=ImageFolder, which scales"
         )
     num_classes = source.num_classes or len(image_folders(data_path)[0])
     return Form(num_classes, im_size or source.im_size)
@@ -405,8 +406,8 @@ def form_of(dataset, data_path, im_size):
 def load_data(dataset, data_path, zca, val_fraction, device, im_size=None, check=None):
     """Load, split and preprocess a data set of `DATASETS`.
 
-    `check` is called with the settings, and may raise, before minutes of whitening. Raises
-    ReportedError where the data cannot be had.
+    `check` is called with the settings before whitening, which takes minutes, and may raise. Raises
+    ReportedError if the data is unavailable.
     """
     source = DATASETS[dataset]
     form = form_of(dataset, data_path, im_size)
@@ -441,9 +442,9 @@ def whiten(images, train, cache, device="cpu"):
     """ZCA fitted to `images[train]` and applied to all: float32 images, and the transform.
 
     images  uint8 (N, C, H, W)
-    cache   a file that keeps both, 2.5 GB for EuroSAT, and is read back by memory map: fitting
+    cache   a file that keeps both, 2.5 GB for EuroSAT, and is memory-mapped when read back: fitting
             takes minutes at 12,288 dimensions
-    device  that fits it
+    device  where it is fitted
     """
     zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
     if cached := files.read_cache(cache, "images", "mean", "transform", "inverse"):

@@ -4,14 +4,14 @@
         --max_start_epoch=5 --zca --lr_img=1000 --lr_lr=1e-05 --lr_teacher=0.01 \
         --buffer_path=BUF --data_path=DATA
 
-needs the experts of `expert_trajectories.py` with the same --dataset, --model and --zca; with
---objective=loss and hard labels it needs none. Every
---eval_it iterations it trains fresh networks on the synthetic images and tests them on real ones.
-It logs to Weights & Biases and writes to logged_files/DATASET/RUN: images, labels and step size as
-tensors, pictures, an animation, and results.json.
+needs the experts of `expert_trajectories.py` with the same --dataset, --model and --zca. With
+--objective=loss and hard labels it needs none. Every --eval_it iterations it trains fresh networks
+on the synthetic images and tests them on real ones. It logs to Weights & Biases and writes to
+logged_files/DATASET/RUN: images, labels and step size as tensors, pictures, an animation, and
+results.json.
 
 On an NVIDIA H200, 5000 iterations of ConvNetW32, evaluated six times, take 8 minutes beside seven
-other runs; on two cores of an AMD EPYC, an iteration takes 0.7 seconds.
+other runs. On two cores of an AMD EPYC, an iteration takes 0.7 seconds.
 """
 
 import time
@@ -28,18 +28,19 @@ import report
 import saved_sets
 import trajectories
 import utils
-import wandb_page
 from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
 from compilation import Compiler
 from evaluation import EVAL_POOLS, Evaluator
+from experts import Experts, load_experts
 from image_sets import evaluate_real
 from objectives import MatchTrajectory, RealLoss, real_loss
 from preprocessing import Data
-from process import ReportedError, stop
+from process import ReportedError
+from ranks import Ranks, join, local_device
 from reparam_module import UNROLLS, ReparamModule
-from runs import CHECKPOINT, finish, open_run
+from runs import finish, open_run, run_settings
+from segments import Segments, check_shares
 from state import IMAGE_OPTIMIZERS, State
-from trajectories import Experts
 from utils import Augment
 
 LABELS = ("hard", "soft", "learned")
@@ -54,12 +55,12 @@ def add_flags(parser):
     add("--max_files", count, None, "N", "trajectory files to read (default: all)")
     add("--max_experts", count, None, "N", "experts to read per file (default: all)")
     add("--skip_damaged", boolean, False, "BOOL", "continue without damaged trajectory files")
-    add("--load_all", boolean, False, "BOOL", "hold the experts' snapshots on the device")
+    add("--load_all", boolean, False, "BOOL", "keep the experts' snapshots on the device")
 
     add = parser.topic("distillation")
     add("--ipc", count, 1, "N", "synthetic images per class")
     add("--Iteration", number(int, 0), 5000, "N", "distillation iterations")
-    goals = "what a student is for: to follow an expert's trajectory (MTT), or a low loss on real "
+    goals = "the student's goal: follow an expert's trajectory (MTT), or reach a low loss on real "
     goals += "images (RaT-BPTT), which needs no experts"
     add("--objective", choice(("trajectory", "loss")), "trajectory", "trajectory|loss", goals)
     add("--optimizer_img", choice(IMAGE_OPTIMIZERS), "sgd", "sgd|adam", "optimiser of the images")
@@ -67,45 +68,49 @@ def add_flags(parser):
     add("--lr_img", not_negative, None, "RATE", rates)
     add("--lr_lr", not_negative, 1e-5, "RATE", "learning rate of the step size α")
     add("--expert_epochs", count, 3, "M", "expert epochs that the student must match")
-    add("--syn_steps", count, 20, "N", "steps on synthetic images that are differentiated")
-    window = "loss: steps in all, of which N at a random place are differentiated (default: N)"
+    add("--syn_steps", count, 20, "N", "differentiated steps on the synthetic images")
+    window = "with loss: total steps, of which a random window of N is differentiated (default: N)"
     add("--total_steps", count, None, "T", window)
-    add("--batch_objective", count, 512, "IMAGES", "loss: real images per iteration")
-    add("--max_start_epoch", count, 25, "T⁺", "segments start at an expert's epoch below this one")
+    add("--batch_objective", count, 512, "IMAGES", "with loss: real images per iteration")
+    several = "segments of trajectories (or windows, of the loss) whose gradients are averaged"
+    add("--segments", count, 1, "S", several)
+    parts = "split each batch among torchrun's processes, not the segments"
+    add("--shard_batch", boolean, False, "BOOL", parts)
+    add("--max_start_epoch", count, 25, "T⁺", "segments start at an expert's epoch before this one")
     add("--batch_syn", count, None, "IMAGES", "synthetic images per step (default: all of them)")
-    engines = "gradients by adjoint, in memory that hardly grows with N, or autograd, as in MTT"
+    engines = "gradient engine: adjoint, whose memory hardly grows with N, or autograd, as in MTT"
     add("--unroll", choice(UNROLLS), "adjoint", "ENGINE", engines)
-    memory = "for activations that need not be computed twice (default: 1/8 of what is free)"
+    memory = "memory for activations kept instead of recomputed (default: 1/8 of free memory)"
     add("--unroll_memory", not_negative, None, "GB", memory)
-    starts = "what the images start from: real ones, noise, or a saved set, with its α and labels"
+    starts = "initial images: real ones, noise, or a saved set with its α and labels"
     add("--pix_init", image_sets.pix_init, "real", "real|noise|SET", starts)
-    kinds = "hard: classes; soft: the experts' probabilities; learned: these, learned"
+    kinds = "hard: classes; soft: the experts' probabilities; learned: soft, then learned"
     add("--labels", choice(LABELS), "hard", "|".join(LABELS), kinds)
     add("--lr_labels", not_negative, 5.0, "RATE", "learning rate of learned labels (logits)")
-    add("--no_aug", boolean, False, "BOOL", "no augmentation while distilling")
+    add("--no_aug", boolean, False, "BOOL", "no augmentation during distillation")
     add("--texture", boolean, False, "BOOL", "learn canvases, cut random windows; not with --zca")
     add("--canvas_size", count, 2, "IMAGES", "with --texture: side of a canvas")
     add("--canvas_samples", count, 1, "N", "with --texture: windows per canvas in a batch")
 
     add = parser.topic("evaluation")
-    pools = "S the model itself; A ConvNet, MLP, ResNet18; R, M, C itself and ResNet18, MLP, "
-    pools += "ConvNet; W, D, P, N ConvNet's widths, depths, poolings, normalisations"
+    pools = "S: the model itself; A: ConvNet, MLP, ResNet18; R, M, C: itself and ResNet18, MLP, "
+    pools += "ConvNet; W, D, P, N: ConvNet's widths, depths, poolings, normalisations"
     add("--eval_mode", choice(EVAL_POOLS), "S", "MODE", pools)
     add("--num_eval", count, 5, "N", "fresh networks per evaluation")
-    add("--eval_it", count, 100, "ITERATIONS", "from one evaluation to the next")
-    add("--epoch_eval_train", count, 1000, "EPOCHS", "a network's epochs on the synthetic images")
-    add("--batch_real", count, 256, "IMAGES", "real images per batch when testing a network")
-    sets = "instead of distilling, evaluate a saved set (a run's folder, or images_*.pt); or real "
-    sets += "images: random, herding or k_center, --ipc per class, or full, all of training"
+    add("--eval_it", count, 100, "ITERATIONS", "iterations between evaluations")
+    add("--epoch_eval_train", count, 1000, "EPOCHS", "epochs per network on the synthetic images")
+    add("--batch_real", count, 256, "IMAGES", "batch size for testing networks on real images")
+    sets = "instead of distilling, evaluate a saved set (a run's folder, or images_*.pt) or real "
+    sets += "images: random, herding or k_center (--ipc per class), or full (all of training)"
     add("--evaluate", str, None, "WHAT", sets)
-    add("--export", folder_path, None, "DIR", "write the set of --evaluate for other tools")
+    add("--export", folder_path, None, "DIR", "export the set of --evaluate for other tools")
 
     add = parser.topic("results")
     add("--log_dir", folder_path, Path("logged_files"), "DIR", "where results are written")
-    add("--run_name", folder_name, None, "NAME", "of the run's folder (default: from the settings)")
-    add("--checkpoint_every", count, 100, "ITERATIONS", "from one checkpoint to the next")
-    add("--resume", folder_path, None, "DIR", "resume the run in DIR, with the flags that it had")
-    add("--force_save", boolean, False, "BOOL", "log pictures of 50 images per class and more, too")
+    add("--run_name", folder_name, None, "NAME", "run's folder (default: from the settings)")
+    add("--checkpoint_every", count, 100, "ITERATIONS", "iterations between checkpoints")
+    add("--resume", folder_path, None, "DIR", "resume the run in DIR with its own flags")
+    add("--force_save", boolean, False, "BOOL", "log pictures even for 50 images per class or more")
 
 
 def parse_args():
@@ -127,8 +132,8 @@ def parse_args():
     elif image_sets.is_saved(what):
         saved = parser.recorded(saved_sets.saved_folder(what))
         if saved and preset:
-            parser.error(f"--preset={given['preset']}: the run has flags of its own: leave it out")
-        # Its α is what the images were learned for; None where it is not saved, as by MTT.
+            parser.error(f"--preset={given['preset']}: the run has its own flags: leave it out")
+        # The images were learned for its α. None if it was not saved, as by MTT.
         saved["lr_teacher"] = saved_sets.saved_step_size(what, "--evaluate")
     elif isinstance(start := given.get("pix_init"), Path):
         if alpha := saved_sets.saved_step_size(start, "--pix_init"):
@@ -141,14 +146,16 @@ def parse_args():
     if args.total_steps is None:
         args.total_steps = args.syn_steps
     if args.total_steps < args.syn_steps:
-        reason = f"lower than --syn_steps={args.syn_steps}, which are a part of them"
+        reason = f"lower than --syn_steps={args.syn_steps}, which are part of them"
         parser.error(f"--total_steps={args.total_steps} is {reason}")
     if args.labels != "hard" and args.texture:
-        reason = "experts take no canvases; leave one out"
-        parser.error(f"--labels={args.labels} and --texture exclude each other: {reason}")
+        reason = "experts do not take canvases: leave one out"
+        parser.error(f"--labels={args.labels} and --texture cannot be combined: {reason}")
+    if args.shard_batch and args.unroll == "autograd":
+        parser.error("--shard_batch and --unroll=autograd cannot be combined: leave one out")
     if args.zca and args.texture:
-        reason = "whitening is fitted to whole images; leave one out"
-        parser.error(f"--zca and --texture exclude each other: {reason}")
+        reason = "whitening is fitted to whole images: leave one out"
+        parser.error(f"--zca and --texture cannot be combined: {reason}")
     return args
 
 
@@ -160,7 +167,7 @@ def check_commands(parser, given):
             parser.error(f"--resume={given['resume']} is a file: name the run's folder, {folder}")
         for name in ("run_name", "log_dir", "evaluate", "preset"):
             if name in given:
-                parser.error(f"--resume and --{name} exclude each other: leave one out")
+                parser.error(f"--resume and --{name} cannot be combined: leave one out")
     what = given.get("evaluate")
     if what == "":
         names = ", ".join(image_sets.REAL_SETS)
@@ -185,39 +192,44 @@ class Inputs(NamedTuple):
     real_sets: tuple  # random real images and labels, a set for each network of an evaluation
     evaluator: Evaluator
     compiler: Compiler
+    ranks: Ranks
 
 
 def load_inputs(args):
-    """Data, experts and networks, each checked before what takes longer to load."""
+    """Data, experts and networks, each checked before anything slower is loaded."""
     # Milliseconds: what is known from the flags alone.
-    device = process.check_device(args.device)
+    device = process.check_device(local_device(args.device))
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
-    batch_syn_of(args, form)
+    ranks = join(device)
+    num_syn = args.ipc * form.num_classes
+    check_shares(args.segments, args.shard_batch, num_syn, batch_syn_of(args, form), ranks.size)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
     student = evaluation.make_student(args.model, form, compiler.amp, device)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
 
-    # Seconds: memory-mapped, of which only the segments that can be drawn are read.
-    experts = load_experts(args, student)
+    # Seconds: files are memory-mapped, and only segments that can be drawn are read.
+    experts = find_experts(args, student)
 
     # Minutes, where images are whitened for the first time.
-    print(process.describe(device, compiler.amp), flush=True)
+    print(process.describe(device, compiler.amp, ranks.size), flush=True)
     data = datasets.load_data(
         **cli.data_flags(args),
         device=device,
         check=lambda settings: experts.check_settings(settings | {"model": args.model}),
     )
+    if args.objective == "trajectory":
+        experts.warn_of_few_steps(args.syn_steps, args.expert_epochs, len(data.train[1]))
     real_sets = image_sets.random_real_sets(data, args.ipc, args.num_eval, args.seed)
-    evaluator = evaluation.make_evaluator(args, data, pool, compiler)
-    return Inputs(data, experts, student, real_sets, evaluator, compiler)
+    evaluator = evaluation.make_evaluator(args, data, pool, compiler, ranks)
+    return Inputs(data, experts, student, real_sets, evaluator, compiler, ranks)
 
 
-def load_experts(args, student):
-    """The experts that the objective or the labels come from; none where neither does."""
+def find_experts(args, student):
+    """The experts that the objective or the labels need; none if neither does."""
     if args.objective == "loss" and args.labels == "hard":
         return Experts([])
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
-    experts = trajectories.load_experts(
+    experts = load_experts(
         folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
     )
     experts.check_settings({"val_fraction": args.val_fraction})
@@ -229,7 +241,7 @@ def load_experts(args, student):
 
 
 def batch_syn_of(args, form):
-    """Synthetic images per step. Raises ReportedError where --batch_syn is more than there are."""
+    """Synthetic images per step. Raises ReportedError if --batch_syn is more than there are."""
     num_images = args.ipc * form.num_classes
     if args.batch_syn and args.batch_syn > num_images:
         raise ReportedError(
@@ -241,7 +253,7 @@ def batch_syn_of(args, form):
 
 def settings_of(args, inputs, state):
     """What a run's result depends on: flags, and what follows from the machine and the inputs."""
-    return cli.run_settings(args) | {
+    return run_settings(args) | {
         "amp": inputs.compiler.amp,
         "batch_syn": batch_syn_of(args, inputs.data.form),
         "pix_init": state.source,
@@ -251,7 +263,7 @@ def settings_of(args, inputs, state):
 
 
 def soften(args, inputs, state):
-    """Give the images probabilities for labels: of the set they start from, or the experts'."""
+    """Give the images soft labels: those of the set they start from, or the experts'."""
     logits = state.logits
     if logits is None:
         logits = inputs.experts.logits(inputs.student, state.image_syn.detach())
@@ -259,7 +271,7 @@ def soften(args, inputs, state):
 
 
 def student_augment(args, form, apply=utils.apply_group):
-    """What the student sees of the synthetic images."""
+    """How the student sees the synthetic images."""
     # Plain augmentation cannot be differentiated.
     augments = args.dsa and not args.no_aug
     groups = utils.augment_groups(True, args.dsa_strategy) if augments else ()
@@ -269,8 +281,9 @@ def student_augment(args, form, apply=utils.apply_group):
 def make_unroll(args, inputs, make_batch):
     """The engine that --unroll names, and its `advance`."""
     memory = process.activation_memory(args.unroll_memory, inputs.data.train[0].device)
-    compiler = inputs.compiler
-    engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, memory)
+    compiler, ranks = inputs.compiler, inputs.ranks
+    options = {"mean": lambda tensor: ranks.mean([tensor])[0]} if args.shard_batch else {}
+    engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, memory, **options)
     return compiler.retrying(engine), compiler.retrying(engine.advance)
 
 
@@ -279,7 +292,7 @@ def make_objective(args, inputs):
     device = inputs.data.train[0].device
     if args.objective == "trajectory":
         experts = inputs.experts
-        if args.load_all:  # otherwise each segment is read from the disk, 3 MB of ConvNet
+        if args.load_all:  # otherwise each segment is read from disk, 3 MB for ConvNet
             experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
         return MatchTrajectory(experts, args.max_start_epoch, args.expert_epochs, device)
     return RealLoss(
@@ -293,6 +306,25 @@ def make_objective(args, inputs):
     )
 
 
+def make_segments(args, inputs, state):
+    """What an iteration computes."""
+    device = inputs.data.train[0].device
+    augment = student_augment(args, inputs.data.form, inputs.compiler.augmentation(device))
+    unroll, advance = make_unroll(args, inputs, state.batch_maker(augment))
+    return Segments(
+        objective=make_objective(args, inputs),
+        unroll=unroll,
+        advance=advance,
+        augment=augment,
+        count=args.segments,
+        syn_steps=args.syn_steps,
+        batch_syn=batch_syn_of(args, inputs.data.form),
+        seed=args.seed,
+        shard_batch=args.shard_batch,
+        ranks=inputs.ranks,
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # Main
 
@@ -300,22 +332,18 @@ def make_objective(args, inputs):
 def main():
     args = parse_args()
     if args.evaluate:
-        return image_sets.evaluate_set(args, cli.run_settings(args))
+        return image_sets.evaluate_set(args, run_settings(args))
 
-    # Everything that can be refused is, before anything is written.
+    # Everything that can be refused is refused before anything is written.
     inputs = load_inputs(args)
-    data, evaluator = inputs.data, inputs.evaluator
-    device = data.train[0].device
-    state = State(args, data)
+    evaluator = inputs.evaluator
+    state = State(args, inputs.data)
     if args.labels != "hard":
         soften(args, inputs, state)
-    augment = student_augment(args, data.form, inputs.compiler.augmentation(device))
-    unroll, advance = make_unroll(args, inputs, state.batch_maker(augment))
-    objective = make_objective(args, inputs)
-    num_syn, batch_syn = len(state.label_syn), batch_syn_of(args, data.form)
-    curves_due, line_due = process.Interval(60), process.Interval(60)
+    segments = make_segments(args, inputs, state)
+    line_due = process.Interval(60)
 
-    with open_run(args, settings_of(args, inputs, state), evaluator, state) as run:
+    with open_run(args, settings_of(args, inputs, state), inputs, state) as run:
         print(report.opening(run, inputs, state), flush=True)
         if state.finished:
             print(report.closing_table(run, inputs, state))
@@ -326,58 +354,44 @@ def main():
 
         bar = report.progress(state, args.Iteration)
         for it in bar:
-            stop.check()
+            inputs.ranks.check()
             alpha = state.alpha
             log = {"Progress": it, "Synthetic_LR": alpha}
 
-            # Evaluate before the update, as MTT does: iteration 0 is what the images start from.
+            # Evaluate before the update, as MTT does. Iteration 0 evaluates the initial images.
             due = it % args.eval_it == 0 or it == args.Iteration
             if due and not state.evaluations.has(it, evaluator.pool.keys()):  # as after a kill
                 images = state.image_syn.detach()
                 scores = evaluator(images, state.labels, alpha, (args.seed, it))
                 state.evaluations.add(scores, alpha, state.losses, state.seconds, evaluator.epochs)
-                process.write_line(report.evaluation_lines(state.evaluations.rows[-1]))
-                report.save_images(run, data, state)
-                report.save_results(run, inputs, state)
-                if curves_due.due():  # drawing them takes half a second
-                    report.save_curves(run, state)
-                log |= wandb_page.evaluation_log(run, data, state, args.force_save)
+                log |= run.record(inputs, state, args.force_save)
             run.dashboard.log(log, step=it)
-            # After the files of an evaluation: what is killed in between is evaluated once more.
+            # After the files of an evaluation: a run killed in between evaluates again.
             if due or it % args.checkpoint_every == 0:
-                state.save(run.folder / CHECKPOINT)
+                run.save(state)
             if it == args.Iteration:
                 break
 
-            # Draw where the student starts and what it is to reach, and the batches on its way.
+            # Unroll students on the synthetic images, and differentiate what they reach.
             begin = time.perf_counter()
-            task = objective.draw(state.random)
-            steps = task.steps_before + args.syn_steps
-            drawn = utils.draw_batches(num_syn, batch_syn, steps, augment, state.random)
-            drawn = utils.to_device(drawn, device)
-            before, batches = drawn[: task.steps_before], drawn[task.steps_before :]
+            loss, *gradients, task = segments(state, it)
 
-            # Unroll the student, and differentiate the objective at its end.
-            learned = state.synthetic, state.syn_lr
-            theta = advance(task.theta, *learned, before)
-            loss, *gradients = unroll(theta, task.objective, *learned, batches)
-
-            # Follow the gradients. α may leave the positive numbers, MTT's commonest failure.
+            # Follow the gradients. α may stop being positive, MTT's most common failure.
             fault = state.step(loss, *gradients)
             loss = state.losses[-1]
             if fault:
-                where = f"({task.source}, {objective.name} {loss:.4g})"
+                where = f"({task.source}, {segments.objective.name} {loss:.4g})"
                 raise ReportedError(f"diverged at iteration {it} {where}: {fault}")
 
             seconds = time.perf_counter() - begin
-            log = {objective.log_key: loss, **task.log, "Seconds": seconds}
+            log = {segments.objective.log_key: loss, **task.log, "Seconds": seconds}
             run.dashboard.log(log, step=it)
             status = f"loss {loss:.4f}, α {alpha:.5f}, best {state.evaluations.best_accuracy:.1%}"
             bar.set_postfix_str(status, refresh=False)
             if line_due.due():  # for logs, where there is no bar
                 process.log_line(f"iteration {it + 1} of {args.Iteration}: {status}")
 
-        # How much of the gain is due to the learned step size: real images at that α, too.
+        # Real images at the learned α too: how much of the gain is due to the step size.
         best = state.evaluations.best
         alpha = best["syn_lr"]
         if best["iteration"] and state.baselines[-1]["syn_lr"] != alpha:

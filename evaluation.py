@@ -1,7 +1,7 @@
 """Evaluation: fresh networks are trained on a small set of images and tested on real ones."""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,8 @@ import process
 import utils
 from compilation import Compiler
 from preprocessing import Data
-from process import ReportedError, stop
+from process import Interval, ReportedError, stop
+from ranks import ALONE, Ranks
 from reparam_module import ReparamModule
 from scores import Scores
 from utils import Augment
@@ -37,7 +38,7 @@ EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` stan
 def make_pool(mode, model, form, compiler, device):
     """The networks of --eval_mode, by name, each with the step that trains several at once.
 
-    Raises ReportedError where one of them does not take images of this `datasets.Form`.
+    Raises ReportedError if one of them does not accept images of this `datasets.Form`.
     """
     names = dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode])
     try:
@@ -48,7 +49,7 @@ def make_pool(mode, model, form, compiler, device):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """`evaluator(images, labels, syn_lr, key)` trains fresh networks, and gives their `Scores`."""
+    """`evaluator(images, labels, syn_lr, key)` trains fresh networks and returns their `Scores`."""
 
     data: Data
     pool: dict  # what `make_pool` returns
@@ -58,6 +59,8 @@ class Evaluator:
     batch_real: int
     augment: Augment
     compiler: Compiler
+    ranks: Ranks = ALONE  # which share out the networks
+    line_due: Interval = field(default_factory=partial(Interval, 60))
 
     def __call__(self, images, labels, syn_lr, key):
         """Scores by the network's name.
@@ -65,20 +68,38 @@ class Evaluator:
         images  (N, 3, H, H), or (num_eval, N, 3, H, H), a set for each network
         labels  classes (N,), or probabilities (N, classes); with a set for each, (num_eval, ...)
         syn_lr  α, the learning rate to train with
-        key     of all that is random: initial weights, order of the images, augmentation
+        key     seeds all that is random: initial weights, order of the images, augmentation
         """
         if images.dim() == 4:
             images, labels = (part.expand(self.num_eval, *part.shape) for part in (images, labels))
         return {name: self.evaluate(name, images, labels, syn_lr, key) for name in self.pool}
 
     def evaluate(self, name, images, labels, syn_lr, key):
-        """`Scores` of the networks called `name`."""
+        """`Scores` of the networks called `name`, of all ranks."""
+        numbers = self.ranks.mine(range(self.num_eval))
+        images, labels = self.ranks.mine(images), self.ranks.mine(labels)
+        keys = [("evaluation", *key, name, number) for number in numbers]
+        tested = self.evaluate_some(name, images, labels, syn_lr, keys) if keys else []
+        # Network n is the one of number n // ranks on rank n % ranks.
+        of_ranks = self.ranks.gather(tested)
+        tested = [of_ranks[n % len(of_ranks)][n // len(of_ranks)] for n in range(self.num_eval)]
+        warn_of_diverged(name, [is_finite for *_, is_finite in tested], syn_lr)
+        val, test, _ = zip(*tested)
+        val = [total for total, _ in val if total is not None]
+        return Scores(val, *(list(part) for part in zip(*test)))
+
+    def evaluate_some(self, name, images, labels, syn_lr, keys):
+        """Train and test a network for each of `keys`, which seed all that is random about it.
+
+        Returns for each its accuracy on the validation and on the test images, as
+        `utils.accuracy`, and whether its parameters are finite.
+        """
         form, device = self.data.form, images.device
-        keys = [("evaluation", *key, name, index) for index in range(self.num_eval)]
+        self.line_due.due()  # the first line is to come a minute from now
         generators = [utils.make_generator(*key) for key in keys]
         networks = [utils.initial_network(name, form, random, device) for random in generators]
         forwards = [self.compiler(network) for network in networks]
-        # So small a batch leaves most of a GPU, or of a processor's cores, without work.
+        # Such a small batch leaves most of a GPU, or of a processor's cores, idle.
         batch = min(images.shape[1], self.batch_train) * (self.augment.windows or 1)
         is_small = batch <= 64
         if is_small and self.pool[name]:
@@ -95,24 +116,23 @@ class Evaluator:
             total = len(trainings) * (self.epochs + 1)
             with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
                 process.in_threads(trainings, workers, bar)
+        return [self.test(*pair) for pair in zip(networks, forwards)]
 
-        warn_of_diverged(name, networks, syn_lr)
-        parts = []
-        for part in (self.data.val, self.data.test):
-            tested = zip(networks, forwards) if len(part[1]) else ()
-            parts.append([utils.accuracy(*pair, *part, self.batch_real) for pair in tested])
-        val, test = parts
-        return Scores(
-            [total for total, _ in val],
-            [total for total, _ in test],
-            [of_classes for _, of_classes in test],
+    def test(self, network, forward):
+        """A trained network's accuracy on the validation and on the test images, and its health."""
+        parts = (self.data.val, self.data.test)
+        val, test = (
+            utils.accuracy(network, forward, *part, self.batch_real) if len(part[1]) else (None, [])
+            for part in parts
         )
+        return val, test, all(p.isfinite().all().item() for p in network.parameters())
 
     def evaluate_synset(self, network, forward, train, syn_lr, generator):
         """Train a fresh network on images (N, 3, H, H) and labels, as MTT's evaluation does.
 
-        `epochs` + 1 epochs of SGD at `syn_lr`, momentum 0.9 and weight decay 5e-4; after epoch
-        `epochs // 2 + 1`, a tenth of the rate and a fresh optimiser. Yields after each epoch.
+        `epochs` + 1 epochs of SGD at `syn_lr`, with momentum 0.9 and weight decay 5e-4. After epoch
+        `epochs // 2 + 1`, a tenth of the learning rate and a fresh optimiser. Yields after each
+        epoch.
         """
         optimizer = fresh_sgd(network, syn_lr)
         for epoch in range(self.epochs + 1):
@@ -121,13 +141,14 @@ class Evaluator:
             utils.train_epoch(forward, optimizer, train, self.augment, batches)
             if epoch == self.epochs // 2 + 1:
                 optimizer = fresh_sgd(network, syn_lr * 0.1)
+            self.log_epoch(epoch)
             yield
 
     def train_together(self, step, networks, train, syn_lr, generators):
-        """What `evaluate_synset` does, for K networks at once, each with draws of its own.
+        """The same as `evaluate_synset`, for K networks at once, each with its own draws.
 
-        `step` is `sgd_step` for these networks, `train` a set for each: images (K, N, 3, H, H),
-        and labels (K, N) or (K, N, classes).
+        `step` is `sgd_step` for these networks. `train` holds a set for each: images (K, N, 3, H,
+        H), and labels (K, N) or (K, N, classes).
         """
         images, labels = train
         thetas = torch.stack([parameters_to_vector(n.parameters()) for n in networks]).detach()
@@ -144,8 +165,14 @@ class Evaluator:
             if epoch == self.epochs // 2 + 1:
                 rate = rate * 0.1
                 momenta = torch.zeros_like(momenta)
+            self.log_epoch(epoch)
         for network, theta in zip(networks, thetas):
             load_vector(network, theta)
+
+    def log_epoch(self, epoch):
+        """Once a minute, log how far networks are, where there is no bar."""
+        if self.line_due.due():
+            process.log_line(f"evaluation: epoch {epoch + 1} of {self.epochs + 1}")
 
     def draw_epoch(self, images, generator):
         """The batches of an epoch on images (N, 3, H, H)."""
@@ -153,8 +180,8 @@ class Evaluator:
         return utils.to_device(batches, images.device)
 
 
-def make_evaluator(args, data, pool, compiler):
-    """The evaluator that the flags describe; it sees synthetic images as augmented canvases."""
+def make_evaluator(args, data, pool, compiler, ranks):
+    """The evaluator that the flags describe. It sees synthetic images as augmented canvases."""
     groups = utils.augment_groups(args.dsa, args.dsa_strategy)
     windows = args.canvas_samples if args.texture else 0
     apply = compiler.augmentation(data.train[0].device)
@@ -167,11 +194,12 @@ def make_evaluator(args, data, pool, compiler):
         batch_real=args.batch_real,
         augment=Augment(data.form.im_size, groups, windows, apply),
         compiler=compiler,
+        ranks=ranks,
     )
 
 
 def of_real_images(evaluator):
-    """The same evaluator for real images, which are no canvases."""
+    """The same evaluator for real images, which are not canvases."""
     return replace(evaluator, augment=replace(evaluator.augment, windows=0))
 
 
@@ -182,7 +210,7 @@ def fresh_sgd(network, rate):
 def make_student(model, form, amp, device):
     """A network called `model` as a function of its parameters.
 
-    Raises ReportedError where it cannot be one.
+    Raises ReportedError if that is impossible.
     """
     network = utils.initial_network(model, form, utils.make_generator(0), device)
     try:
@@ -192,10 +220,10 @@ def make_student(model, form, amp, device):
 
 
 def make_sgd_step(model, form, compiler, device):
-    """`sgd_step` for networks called `model`; None where they are trained one after the other.
+    """`sgd_step` for networks called `model`; None if they are trained one after the other.
 
-    That is on a CPU, where threads do better, and with batch statistics, which are no part of the
-    parameters.
+    That is the case on a CPU, where threads are faster, and with batch statistics, which are not
+    part of the parameters.
     """
     network = utils.initial_network(model, form, utils.make_generator(0), device)
     if device.type != "cuda" or any(True for _ in network.buffers()):
@@ -215,8 +243,8 @@ def sgd_step(module, thetas, momenta, x, y, rate):
     def loss(theta, x, y):
         return F.cross_entropy(module(x, theta), y)
 
-    # One after the other: `vmap` would make grouped convolutions of theirs, for which libraries
-    # have few fast algorithms. As a CUDA graph, many small kernels cost little to launch.
+    # One after the other: `vmap` would turn their convolutions into grouped ones, for which
+    # libraries have few fast algorithms. In a CUDA graph, many small kernels cost little to launch.
     gradients = [grad(loss)(*tensors) for tensors in zip(thetas, x, y)]
     momenta = 0.9 * momenta + torch.stack(gradients) + 5e-4 * thetas
     return thetas - rate * momenta, momenta
@@ -226,9 +254,9 @@ def sgd_step(module, thetas, momenta, x, y, rate):
 def load_vector(network, theta):
     """Copy a vector (P,) into a network's parameters.
 
-    `vector_to_parameters` would make them views of it. Those of a row of (K, P) begin at any
-    multiple of 4 bytes, while the network's compiled forward reads 16 at once, as it may from a
-    parameter's own storage, and does not check: on a GPU the process would die of a misaligned
+    `vector_to_parameters` would make them views of it. Views of a row of (K, P) begin at any
+    multiple of 4 bytes. The network's compiled forward reads 16 bytes at once, as it may from a
+    parameter's own storage, and does not check. On a GPU, the process would die of a misaligned
     address.
     """
     parameters = list(network.parameters())
@@ -236,12 +264,10 @@ def load_vector(network, theta):
         parameter.copy_(part.view(parameter.shape))
 
 
-def warn_of_diverged(name, networks, syn_lr):
-    diverged = sum(
-        not all(p.isfinite().all() for p in network.parameters()) for network in networks
-    )
+def warn_of_diverged(name, are_finite, syn_lr):
+    diverged = are_finite.count(False)
     if diverged:
         warnings.warn(
-            f"{diverged} of {len(networks)} networks ({name}) diverged in evaluation: "
-            f"α = {syn_lr:.4g} is too large for them; they count as guessing"
+            f"{diverged} of {len(are_finite)} networks ({name}) diverged in evaluation: "
+            f"α = {syn_lr:.4g} is too large for them, so they count as guessing"
         )

@@ -3,11 +3,11 @@
     python expert_trajectories.py --dataset=EuroSAT --model=ConvNet --train_epochs=50 \
         --num_experts=100 --zca --buffer_path=BUF --data_path=DATA
 
-writes BUF/EuroSAT/ConvNet/replay_buffer_0.pt, ..., an expert in each: a list of one trajectory, a
-list of snapshots, each a list of tensors, which MTT reads like those of its `buffer.py`. Beside
+writes BUF/EuroSAT/ConvNet/replay_buffer_0.pt, ..., one expert per file: a list of one trajectory, a
+list of snapshots, each a list of tensors. MTT reads it like the files of its `buffer.py`. Beside
 each, a .json records what the expert was trained on and how, how well it did, and a checksum. Run
-again, the command adds those that are missing: expert k depends on seed + k and nothing else. Any
-number of such processes, on any machines, can share one folder.
+again, the command adds missing experts: expert k depends on seed + k and nothing else. Any number
+of these processes, on any machines, can share one folder.
 
 With --amp on one core of an AMD EPYC, eight epochs of EuroSAT take ConvNetW32 four minutes, and
 ConvNet half an hour.
@@ -34,10 +34,10 @@ from cli import (
     fraction,
     not_negative,
     preset_flags,
-    wandb_flags,
 )
 from compilation import Compiler
-from process import ReportedError
+from process import ReportedError, stop
+from ranks import join, local_device
 from reparam_module import student_fault
 from utils import Augment
 
@@ -49,7 +49,7 @@ def add_flags(parser):
     add("--train_epochs", count, 50, "EPOCHS", "epochs of each expert")
     add("--mom", fraction, 0.0, "[0,1)", "momentum")
     add("--l2", not_negative, 0.0, "RATE", "weight decay")
-    add("--decay", boolean, False, "BOOL", "a tenth of the rate after epoch train_epochs // 2 + 1")
+    add("--decay", boolean, False, "BOOL", "learning rate / 10 after epoch train_epochs // 2 + 1")
 
 
 def parse_args():
@@ -65,9 +65,9 @@ def parse_args():
 
 
 def train_expert(args, data, compiler, seed, dashboard):
-    """Train an expert: its snapshots, one before the first epoch and one after each, and curves.
+    """Train an expert; return its snapshots, before the first epoch and after each, and curves.
 
-    Raises ReportedError where it diverges.
+    Raises ReportedError if it diverges.
     """
     device = data.train[0].device
     # Initial weights, order of the images and augmentation all follow from the seed.
@@ -82,14 +82,14 @@ def train_expert(args, data, compiler, seed, dashboard):
     trajectory = [snapshot(network)]  # epochs + 1 in the end
     curves = {"loss": [], "train_accuracy": [], "test_accuracy": []}
     for epoch in range(1, args.train_epochs + 1):
-        # All of an epoch is drawn first: it takes one copy to the device, not one per step.
+        # A whole epoch is drawn first, which takes one copy to the device, not one per step.
         count = len(data.train[1])
         batches = utils.draw_batches(count, args.batch_train, None, augment, random)
         batches = utils.to_device(batches, device)
         name = f"expert {seed - args.seed}, epoch {epoch} of {args.train_epochs}"
         bar = process.progress(batches, desc=name, unit="batches")
         bar = process.with_lines(bar, line_due, f"{name}: batch")
-        # Loss and accuracy are those of the augmented images, as they were trained on.
+        # Loss and accuracy are those on the augmented images, as seen in training.
         loss, accuracy = utils.train_epoch(forward, optimizer, data.train, augment, bar)
         test_accuracy, _ = utils.accuracy(network, forward, *data.test, args.batch_train)
 
@@ -117,7 +117,7 @@ def sgd(args, network, rate):
 
 def snapshot(network):
     """Copies of a network's parameters on the CPU, in `parameters()` order."""
-    # `copy`: on a CPU, MTT's snapshots are views of the live weights, so all the same.
+    # `copy`: on a CPU, MTT's snapshots are views of the live weights, so they are all alike.
     layout = {"copy": True, "memory_format": torch.contiguous_format}
     return [p.detach().to("cpu", **layout) for p in network.parameters()]
 
@@ -142,18 +142,18 @@ def training_settings(args, amp):
 
 
 def seeds_in(folder, settings, read=trajectories.read_record):
-    """Seeds of the experts in a folder, whose records `read` gives.
+    """Seeds of the experts in a folder, whose records `read` returns.
 
-    Raises ReportedError where they were made with other `settings`.
+    Raises ReportedError if they were made with other `settings`.
     """
     seeds = set()
-    # No lock: a file that is there has a record, and neither changes.
+    # No lock: a file that exists has a record, and neither changes.
     for path in trajectories.expert_files(folder):
         record = read(path)
         if record is None:
             raise ReportedError(
-                f"{path} has no record of its settings, so its place cannot be shared: use another "
-                "--buffer_path"
+                f"{path} has no record of its settings, so its folder cannot be shared: use "
+                "another --buffer_path"
             )
         files.check_record(path, record["settings"] | record["training"], settings)
         seeds.add(record["expert"]["seed"])
@@ -162,9 +162,9 @@ def seeds_in(folder, settings, read=trajectories.read_record):
 
 @contextmanager
 def claim(folder, settings, seeds):
-    """The first of `seeds` whose expert nobody has trained or is training; None: there is none.
+    """The first of `seeds` whose expert is neither trained nor in training; None if there is none.
 
-    The expert belongs to this process until the end of the block, or until the process dies.
+    The expert belongs to this process until the block ends or the process dies.
     """
     done = seeds_in(folder, settings)
     # Another process may train any of the others, now or on another machine.
@@ -177,7 +177,7 @@ def claim(folder, settings, seeds):
 
 
 def verified(path):
-    """The record of an expert whose file has the recorded checksum."""
+    """The record of an expert, after checking its file's checksum."""
     _, record = trajectories.read_trajectories(path)
     return record
 
@@ -188,16 +188,17 @@ def verified(path):
 
 def main():
     args = parse_args()
-    device = process.check_device(args.device)
+    device = process.check_device(local_device(args.device))
+    ranks = join(device)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
-    print(process.describe(device, compiler.amp), flush=True)
+    print(process.describe(device, compiler.amp, ranks.size), flush=True)
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     # An unknown network is refused here, before the data are loaded.
     network = utils.initial_network(args.model, form, utils.make_generator(0), device)
     if fault := student_fault(network):
         warnings.warn(f"distillation.py will refuse these experts, --model={args.model}: {fault}")
 
-    # Experts of other settings are refused before minutes of whitening, as far as flags can tell.
+    # Experts with other settings are refused before minutes of whitening, as far as flags can tell.
     training = training_settings(args, compiler.amp)
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     seeds_in(folder, training | {"val_fraction": args.val_fraction})
@@ -210,7 +211,7 @@ def main():
     record = {"settings": settings, "training": training, "versions": process.versions()}
     record["device"] = process.describe(device, compiler.amp)
 
-    # Training for hours is in vain where the folder cannot be written.
+    # Hours of training are wasted if the folder cannot be written.
     folder.mkdir(parents=True, exist_ok=True)
     wanted = range(args.seed, args.seed + args.num_experts)
     # Checksums are verified once, here: it takes a second per gigabyte.
@@ -221,29 +222,14 @@ def main():
     print(f"{len(here)} of {args.num_experts} experts are in {folder}", flush=True)
 
     where = None
-    while True:
-        with claim(folder, settings | training, wanted) as seed:
-            if seed is None:
-                break
-            number = seed - args.seed
-            page = {  # on wandb, one for each expert
-                "name": f"expert {number}",
-                "config": settings | training | {"expert": number},
-                "group": f"experts {folder.parent.name}/{args.model}",
-            }
-            dashboard = wandb_page.Dashboard(folder, "Epoch", **wandb_flags(args), **page)
-            start = time.time()
-            trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
-            seconds = round(time.time() - start, 1)  # without loading the data, which all share
-            dashboard.finish()
-            where = dashboard.where_to_look()
-
-            expert = {"seed": seed, "seconds": seconds} | curves
-            path = trajectories.expert_path(folder, number)
-            # Writers take turns, since whoever has the lock removes what killed ones have left.
-            with files.locked(folder):
-                trajectories.save_expert(path, trajectory, record | {"expert": expert})
-            print_expert(number, expert, path.name)
+    with stop:  # a signal gives the expert up, and this process's claim on it
+        while True:
+            with claim(folder, settings | training, wanted) as seed:
+                if seed is None:
+                    break
+                line, where = add_expert(args, data, compiler, folder, seed, record)
+                ranks.print(line)
+    ranks.gather(None)  # until all have trained theirs
     here = seeds_in(folder, settings | training).intersection(wanted)
     others = "" if len(here) == args.num_experts else "; other processes are training the rest"
     print(f"{len(here)} of {args.num_experts} experts are in {folder}{others}")
@@ -251,11 +237,33 @@ def main():
         print(where)
 
 
-def print_expert(number, expert, name):
+def add_expert(args, data, compiler, folder, seed, record):
+    """Train an expert and save it. Returns a line about it, and where it is on wandb."""
+    number = seed - args.seed
+    page = {  # on wandb, one for each expert
+        "name": f"expert {number}",
+        "config": record["settings"] | record["training"] | {"expert": number},
+        "group": f"experts {folder.parent.name}/{args.model}",
+    }
+    dashboard = wandb_page.Dashboard(folder, "Epoch", **wandb_page.options(args), **page)
+    start = time.time()
+    trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
+    seconds = round(time.time() - start, 1)  # without loading the data, which all share
+    dashboard.finish()
+
+    expert = {"seed": seed, "seconds": seconds} | curves
+    path = trajectories.expert_path(folder, number)
+    # Writers take turns, since the holder of the lock removes what killed processes left.
+    with files.locked(folder):
+        trajectories.save_expert(path, trajectory, record | {"expert": expert})
+    return expert_line(number, expert, path.name), dashboard.where_to_look()
+
+
+def expert_line(number, expert, name):
     train, test = expert["train_accuracy"][-1], expert["test_accuracy"][-1]
     reached = f"loss {expert['loss'][-1]:.4f}, train {train:7.2%}, test {test:7.2%}"
     time = process.duration(expert["seconds"])
-    print(f"expert {number:<3} {reached}, {time}; in {name}", flush=True)
+    return f"expert {number:<3} {reached}, {time}; in {name}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files that are whole: written in one step, locked, cached, and checked against their records."""
+"""Files that are written atomically, locked, cached, and checked against their records."""
 
 import errno
 import hashlib
@@ -15,16 +15,16 @@ import torch
 
 from process import ReportedError, first_line, is_out_of_memory
 
-TEMPORARY = ".eurosat-mtt.tmp"  # the end of every unfinished file's name, and of nobody else's
+TEMPORARY = ".eurosat-mtt.tmp"  # how the name of every unfinished file ends, and no other
 
 # --------------------------------------------------------------------------------------------------
 # Writing and reading
 
 
 def write_whole(path, write):
-    """Write a file whole or not at all: `write(file)` to a temporary one, sync it, rename it.
+    """Write a file atomically: `write(file)` to a temporary one, sync it, rename it.
 
-    Raises OSError with the path. What a killed process leaves behind, `locked` removes.
+    Raises OSError with the path. `locked` removes what a killed process leaves behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
@@ -47,7 +47,7 @@ def write_whole(path, write):
 
 
 def write_tensors(path, content):
-    """`torch.save`, whole or not at all."""
+    """`torch.save`, atomically."""
     write_whole(path, lambda file: torch.save(content, file))
 
 
@@ -56,7 +56,7 @@ def write_json(path, content):
 
 
 def read_json(path, **kinds):
-    """The entries `kinds` (key=type) of a JSON object. Raises ValueError where one is missing."""
+    """The entries `kinds` (key=type) of a JSON object. Raises ValueError if one is missing."""
     content = json.loads(path.read_text())
     for key, kind in kinds.items():
         if not (isinstance(content, dict) and isinstance(content.get(key), kind)):
@@ -78,12 +78,12 @@ def load_fault(error):
     if isinstance(error, (OSError, TypeError)):
         return first_line(error)
     if "Weights only" in str(error):
-        return "it holds more than tensors, lists and numbers, which could run code"
-    return "torch.save has not written it, or not whole"
+        return "it holds more than tensors, lists and numbers, and that could run code"
+    return "it was not written by torch.save, or is incomplete"
 
 
 def read_cache(path, *keys):
-    """The entries `keys` of a cache, tensors memory-mapped; None where there is no such file."""
+    """The entries `keys` of a cache, with tensors memory-mapped; None if there is no such file."""
     try:
         content = dict(torch.load(path, mmap=True, weights_only=True))
         return {key: content[key] for key in keys}
@@ -95,7 +95,7 @@ def read_cache(path, *keys):
 
 
 def write_cache(path, content):
-    """Keep tensors and strings that took time to make. Where that fails, warn and continue."""
+    """Cache tensors and strings that took time to make. If that fails, warn and continue."""
     try:
         write_tensors(path, content)
     except OSError as error:
@@ -110,9 +110,9 @@ def write_cache(path, content):
 def locked(folder, name=".lock", wait=True, reader=False):
     """Hold a lock in `folder`, so that one process at a time runs this block.
 
-    Without `wait`, yields False where another process holds it. A process gives its locks back
-    however it dies. A `reader` needs none where it cannot write, and so cannot be disturbed. Where
-    the file system has no locks, warns and goes on without one.
+    Without `wait`, yields False if another process holds it. A process releases its locks however
+    it dies. A `reader` needs none where it cannot write, and so cannot be disturbed. If the file
+    system has no locks, warns and continues without one.
     """
     is_new = not folder.exists()
     goes_on = reader
@@ -145,13 +145,13 @@ def locked(folder, name=".lock", wait=True, reader=False):
 
 
 def is_without_locks(error):
-    """Whether a lock could not be taken because there are none, as on NFS without its daemon."""
+    """Whether a lock failed because the file system has none, as on NFS without its daemon."""
     lacking = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
     return isinstance(error, NotImplementedError) or error.errno in lacking
 
 
 def take_lock(path, wait):
-    """The acquired lock on `path`; None where another process has it and `wait` is false."""
+    """The acquired lock on `path`; None if another process holds it and `wait` is false."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path)
     try:
@@ -182,7 +182,7 @@ def remove_leftovers(folder):
 
 
 def check_record(path, record, settings, remedy="--buffer_path"):
-    """Raise ReportedError, naming each difference, where `record` disagrees with `settings`."""
+    """Raise ReportedError, naming each difference, if `record` disagrees with `settings`."""
     different = ", ".join(
         f"{key}={record.get(key)!r} (here {value!r})"
         for key, value in settings.items()
@@ -199,15 +199,15 @@ RUN_RECORD = "run.json"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a distillation is, as its folder records it."""
+    """A distillation, as its folder records it."""
 
     settings: dict  # what its result depends on
-    flags: dict  # what `--resume` starts it with
+    flags: dict  # what `--resume` restores
     wandb_id: str
 
 
 def read_run(folder):
-    """The record of the run in `folder`; None where no run was started.
+    """The record of the run in `folder`; None if no run was started.
 
     Raises ReportedError for a damaged record.
     """
@@ -216,7 +216,7 @@ def read_run(folder):
         record = read_json(path, settings=dict, flags=(dict, list), wandb_id=str)
         if isinstance(record["flags"], list):
             raise ReportedError(
-                f"{path} was written by an earlier version: use that to resume or to evaluate it, "
+                f"{path} was written by an earlier version: use that to resume or evaluate it, "
                 "or start under another --run_name"
             )
         return RunRecord(**record)
@@ -229,9 +229,9 @@ def read_run(folder):
 
 
 def start_run(folder, settings, flags, may_change=()):
-    """The record of the run in `folder`, new or resumed; `may_change` names settings.
+    """The record of the run in `folder`, new or resumed; settings in `may_change` may differ.
 
-    Raises ReportedError where it was started with other settings.
+    Raises ReportedError if it was started with other settings.
     """
     record = read_run(folder)
     if record is None:
@@ -250,6 +250,5 @@ def start_run(folder, settings, flags, may_change=()):
 
 
 def change_run(folder, record, settings, flags):
-    """Record that a run goes on with other settings."""
-    if record.settings != settings:
-        write_json(folder / RUN_RECORD, asdict(replace(record, settings=settings, flags=flags)))
+    """Record that a run continues with other settings."""
+    write_json(folder / RUN_RECORD, asdict(replace(record, settings=settings, flags=flags)))

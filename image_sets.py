@@ -16,8 +16,10 @@ import report
 import trajectories
 import utils
 from compilation import Compiler
+from experts import load_experts
 from preprocessing import initial_images, members_of, random_real
 from process import ReportedError
+from ranks import join, local_device
 from saved_sets import check_set, expanded, export_set, load_set, saved_folder
 from scores import to_json
 
@@ -33,13 +35,13 @@ def random_real_sets(data, ipc, count, seed):
 
 
 def evaluate_real(evaluator, real_sets, syn_lr, seed):
-    """An evaluation of `random_real_sets`: what a distilled set is compared with."""
+    """Evaluate `random_real_sets`, with which a distilled set is compared."""
     scores = evaluation.of_real_images(evaluator)(*real_sets, syn_lr, (seed, "random real"))
     return {"syn_lr": syn_lr, "epochs": evaluator.epochs, "scores": scores}
 
 
 def herding(features, count):
-    """Rows of `features` (N, D) whose mean comes close to the mean of all, chosen one by one.
+    """Rows of `features` (N, D) whose mean is close to the mean of all, chosen one by one.
 
     Herding (Welling 2009) as used for data sets (Rebuffi et al. 2017, iCaRL, algorithm 4).
     """
@@ -72,9 +74,9 @@ REAL_SETS = ("random", *CORESETS, "full")  # of --evaluate
 
 
 def coreset(data, ipc, choose, features):
-    """`ipc` training images of each class, which one of CORESETS chooses, and their labels.
+    """`ipc` training images per class, chosen by one of CORESETS, and their labels.
 
-    `features` is a function from images (B, 3, H, H) to what they are compared by, (B, D).
+    `features` maps images (B, 3, H, H) to the features that they are compared by, (B, D).
     """
     images, labels = data.train
     chosen = []
@@ -86,15 +88,15 @@ def coreset(data, ipc, choose, features):
 
 
 def real_set(args, data, compiler):
-    """Images and labels of one of REAL_SETS, which --ipc, --labels and --seed describe.
+    """Images and labels of one of REAL_SETS, as --ipc, --labels and --seed describe it.
 
-    The experts' features choose coresets, and their probabilities are soft labels.
+    Coresets are chosen by the experts' features. Soft labels are the experts' probabilities.
     """
     what, device = args.evaluate, data.train[0].device
     if what in CORESETS or args.labels == "soft":
         student = evaluation.make_student(args.model, data.form, compiler.amp, device)
         folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
-        experts = trajectories.load_experts(
+        experts = load_experts(
             folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
         )
         experts.check_settings(data.settings | {"model": args.model})
@@ -126,9 +128,9 @@ def pix_init(text):
 
 
 def initial_set(args, data, generator):
-    """Images (K, 3, S, S) and labels that a run starts from, and what --pix_init stands for.
+    """The initial images (K, 3, S, S) and labels of a run, and what --pix_init stands for.
 
-    Labels of a saved set may be probabilities. Raises ReportedError where it does not fit.
+    Labels of a saved set may be probabilities. Raises ReportedError if it does not fit.
     """
     canvas_size = args.canvas_size if args.texture else 1
     start = args.pix_init
@@ -137,14 +139,13 @@ def initial_set(args, data, generator):
         return images, labels, start
     images, labels = load_set(start, data.form, "--pix_init")
     check_set(start, images, args.texture, data.settings, data.form, "--pix_init")
-    classes = labels if labels.dim() == 1 else labels.argmax(1)
     shape = (args.ipc * data.form.num_classes, 3, *2 * [canvas_size * data.form.im_size])
     if images.shape != shape:
         raise ReportedError(
             f"--pix_init: {start} holds images {tuple(images.shape)}, not {shape}: change --ipc, "
             "or with --texture --canvas_size"
         )
-    if labels is not classes and args.labels == "hard":
+    if labels.dim() == 2 and args.labels == "hard":
         raise ReportedError(
             f"--pix_init: the labels of {start} are probabilities: add --labels=soft or learned"
         )
@@ -158,14 +159,15 @@ def initial_set(args, data, generator):
 
 
 def evaluate_set(args, settings):
-    """Train networks on what --evaluate names: print a table, write all to evaluation.json.
+    """Train networks on what --evaluate names, print a table, and write evaluation.json.
 
     `settings` are the flags that a result depends on.
     """
-    device = process.check_device(args.device)
+    device = process.check_device(local_device(args.device))
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
+    ranks = join(device)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
-    print(process.describe(device, compiler.amp), flush=True)
+    print(process.describe(device, compiler.amp, ranks.size), flush=True)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
     saved = load_set(args.evaluate, form, "--evaluate") if is_saved(args.evaluate) else None
     alpha = args.lr_teacher
@@ -182,11 +184,12 @@ def evaluate_set(args, settings):
     data = datasets.load_data(
         args.dataset, args.data_path, args.zca, args.val_fraction, device, args.im_size, check
     )
-    evaluator = evaluation.make_evaluator(args, data, pool, compiler)
+    evaluator = evaluation.make_evaluator(args, data, pool, compiler, ranks)
     if saved:
         images, labels = saved
         if args.export:
-            export_set(args.export, images, labels, alpha, data)
+            if ranks.is_first:
+                export_set(args.export, images, labels, alpha, data)
             print(f"{len(images)} images exported to {args.export}")
             return
         title = f"images of {args.evaluate}"
@@ -202,7 +205,8 @@ def evaluate_set(args, settings):
     print(f"epochs: {args.epoch_eval_train}, α = {alpha:.5f}\n")
     print(report.scores_table(scores, data.classes))
     row = {"evaluated": args.evaluate, "images": count, "syn_lr": alpha, "scores": scores}
-    save_evaluation(args, settings, data, row)
+    if ranks.is_first:
+        save_evaluation(args, settings, data, row)
 
 
 def save_evaluation(args, settings, data, row):

@@ -1,7 +1,7 @@
 """The networks of the experiments: ConvNet and its variants, MLP, ResNet18, VGG16.
 
 Every network maps images (B, channels, im_size, im_size) to logits (B, num_classes). Parameter
-names and their order are those of MTT's networks: trajectory files are bare lists in this order,
+names and their order are those of MTT's networks. Trajectory files are bare lists in this order,
 and can be exchanged with MTT.
 """
 
@@ -86,14 +86,14 @@ class ConvNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut; `norm` makes the layer for so many channels."""
+    """Two 3×3 convolutions and a shortcut. `norm` makes a layer for a number of channels."""
 
     def __init__(self, channels, planes, stride, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(
             channels, planes, kernel_size=3, stride=stride, padding=1, bias=False
         )
-        self.bn1 = norm(planes)  # called bn whatever it is: the name that MTT's files and code know
+        self.bn1 = norm(planes)  # called bn whatever it is, as in MTT's files and code
         self.conv2 = nn.Conv2d(planes, planes, kernel_size=3, padding=1, bias=False)
         self.bn2 = norm(planes)
         self.shortcut = nn.Sequential()

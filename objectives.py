@@ -1,7 +1,7 @@
-"""What the student is to reach on synthetic images: an expert's later epoch, or a low real loss.
+"""What the student should reach on synthetic images: an expert's epoch, or a low real loss.
 
-Each iteration draws an objective, as a `Task`. Both are functions of the student's
-parameters θ_N after the N steps that are differentiated; reparam_module.py has their mathematics.
+Each iteration draws an objective, as a `Task`. Both are functions of the student's parameters θ_N
+after the N differentiated steps. reparam_module.py has the mathematics.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
 import utils
+from experts import Experts
 from preprocessing import Data
-from trajectories import Experts
 from utils import Augment
 
 
@@ -22,10 +22,10 @@ class Task(NamedTuple):
     """What one iteration differentiates."""
 
     theta: torch.Tensor  # the student's parameters at the start, (P,)
-    steps_before: int  # that it takes on synthetic images before those that are differentiated
+    steps_before: int  # steps on synthetic images before the differentiated ones
     objective: Callable  # L, a function of θ_N, (P,) → ()
-    log: dict  # what is logged of the draw
-    source: str  # of the draw, for messages
+    log: dict  # what is logged about the draw
+    source: str  # what was drawn, for messages
 
 
 def matching_loss(theta_start, theta_target):
@@ -36,7 +36,7 @@ def matching_loss(theta_start, theta_target):
 
 @dataclass(frozen=True)
 class MatchTrajectory:
-    """The student starts from an expert's epoch t, and is to reach epoch t + M.
+    """The student starts from an expert's epoch t, and should reach epoch t + M.
 
     T⁺ `max_start_epoch`, M `expert_epochs`.
     """
@@ -58,16 +58,16 @@ class MatchTrajectory:
 
 @dataclass(frozen=True)
 class RealLoss:
-    """A fresh student is to have a low loss on a batch of real images, after at most T steps.
+    """A fresh student should reach a low loss on a batch of real images, after at most T steps.
 
-    The N steps that are differentiated are a window at a random place among T (RaT-BPTT, Feng et
-    al., arXiv 2311.07025); with T = N, they are all (Wang et al. 2018, arXiv 1811.10959).
+    The N differentiated steps are a random window of the T (RaT-BPTT, Feng et al., arXiv
+    2311.07025). With T = N, they are all steps (Wang et al. 2018, arXiv 1811.10959).
     """
 
     model: str  # the student's network
     data: Data
     augment: Augment  # of real images
-    batch: int  # real images; at most all
+    batch: int  # real images, at most all of them
     total_steps: int  # T
     syn_steps: int  # N
     loss: Callable  # `real_loss` of the student, compiled
@@ -90,7 +90,7 @@ class RealLoss:
 
 
 def real_loss(student):
-    """ℓ as a function of θ, images and labels that can be compiled."""
+    """ℓ as a compilable function of θ, images and labels."""
 
     def loss(theta, x, y):
         return (F.cross_entropy(student(x, theta), y),)

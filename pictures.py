@@ -22,7 +22,7 @@ class Images(NamedTuple):
 
     images: torch.Tensor  # uint8 (N, 3, H, H)
     labels: torch.Tensor  # int64 (N,)
-    digest: str  # tells one data set from another in records
+    digest: str  # identifies the data set in records
     classes: tuple  # names, by label
     num_test: int | None = None  # images of an official test set, which come last
 
@@ -49,8 +49,8 @@ class Listing(NamedTuple):
 def read_pictures(listing, cache, im_size, crop=False):
     """`Images` with sides of `im_size` pixels, from picture files or from the file `cache`.
 
-    The cache is used as long as no picture's name, size or time changes. Raises ReportedError for a
-    picture that cannot be used.
+    The cache is valid as long as no picture's name, size or time changes. Raises ReportedError for
+    a picture that cannot be used.
     """
     with files.locked(cache.parent, reader=True):  # one process decodes, others read its cache
         paths = [listing.folder / path for path in listing.paths]
@@ -62,6 +62,7 @@ def read_pictures(listing, cache, im_size, crop=False):
         if cached and cached["fingerprint"] == fingerprint:
             images, digest = cached["images"], cached["digest"]
         else:
+            print(f"reading {len(paths)} pictures; kept in {cache}", flush=True)
             images = decode_pictures(paths, im_size, crop)
             digest = data_digest(images, labels, listing.num_test)
             content = {"fingerprint": fingerprint, "images": images, "digest": digest}
@@ -70,10 +71,10 @@ def read_pictures(listing, cache, im_size, crop=False):
 
 
 def decode_pictures(paths, im_size, crop):
-    """Picture files as uint8 (N, 3, im_size, im_size), decoded in parallel, turned as EXIF says.
+    """Picture files as uint8 (N, 3, im_size, im_size), decoded in parallel, rotated as EXIF says.
 
-    Those of another size are scaled to cover that square, and their centre is taken (`crop`), or
-    refused with a ReportedError. Warns of what is left out of them.
+    With `crop`, those of another size are scaled to cover that square and centre-cropped. Without
+    it, they are refused with a ReportedError. Warns about what is left out.
     """
     images = torch.empty(len(paths), 3, im_size, im_size, dtype=torch.uint8)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its errors are raised as well
@@ -96,7 +97,7 @@ def decode_pictures(paths, im_size, crop):
 
     lost = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-        # Pillow's decoders release Python's lock. Its own warnings do not name the file.
+        # Pillow's decoders release the GIL. Its own warnings do not name the file.
         warnings.simplefilter("ignore")
         done = pool.map(decode, range(len(paths)))
         done = progress(done, total=len(paths), desc="decoding pictures", unit="images")
@@ -104,7 +105,7 @@ def decode_pictures(paths, im_size, crop):
             for loss in losses:
                 lost.setdefault(loss, []).append(path)
     for loss, of in lost.items():
-        warnings.warn(f"{len(of)} of {len(paths)} pictures {loss}, {of[0]} for one")
+        warnings.warn(f"{len(of)} of {len(paths)} pictures {loss}, for example {of[0]}")
     return images
 
 
@@ -112,7 +113,7 @@ BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
 
 
 def picture_fault(image, im_size, crop):
-    """Why an opened picture is not taken, and the remedy; None: it is. Nothing is decoded yet."""
+    """Why an opened picture is refused, and the remedy; None if it is not. Decodes nothing."""
     size = f"is {image.width}x{image.height} pixels"
     if image.size != (im_size, im_size) and not crop:
         return f"{size}, not {im_size}x{im_size}: replace it"
@@ -126,8 +127,8 @@ def picture_fault(image, im_size, crop):
 def depth_of(image):
     """What an opened picture has instead of 8 bits per channel, in words; None: 8 bits or fewer.
 
-    Of colours with 16 bits Pillow keeps the high byte, and does not say so: its mode is RGB. What
-    the file holds is in the decoder's arguments, as "RGB;16B".
+    Of 16-bit colours, Pillow silently keeps only the high byte: its mode is RGB. The decoder's
+    arguments say what the file holds, for example "RGB;16B".
     """
     if image.mode.startswith("F"):
         return "floating-point values"

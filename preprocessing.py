@@ -22,7 +22,7 @@ class Form(NamedTuple):
 class Data:
     """A data set ready for use, on one device.
 
-    Each part is float32 images (N, 3, H, H), preprocessed, and int64 labels (N,).
+    Each part is preprocessed float32 images (N, 3, H, H) and int64 labels (N,).
     """
 
     train: tuple[torch.Tensor, torch.Tensor]
@@ -37,7 +37,7 @@ class Data:
         return Form(len(self.classes), self.train[0].shape[-1])
 
     def to_pixels(self, images):
-        """Images (B, 3, H, H) with preprocessing undone, on the CPU; real ones are in [0, 1]."""
+        """Images (B, 3, H, H) with preprocessing undone, on the CPU. Real ones are in [0, 1]."""
         if self.zca:
             return self.zca.inverse_transform(images.cpu())
         shift, scale = (torch.tensor(self.settings[name]).view(3, 1, 1) for name in ("mean", "std"))
@@ -58,7 +58,7 @@ def members_of(data, label, ipc):
 def random_real(data, ipc, generator):
     """`ipc` random training images of each class, (ipc * classes, 3, H, H), and their labels.
 
-    They are ordered by class. Raises ReportedError where a class has fewer.
+    They are ordered by class. Raises ReportedError if a class has fewer.
     """
     images, labels = data.train
     chosen = []
@@ -70,7 +70,7 @@ def random_real(data, ipc, generator):
 
 
 def initial_images(data: Data, ipc, pix_init, canvas_size, generator):
-    """Images (ipc * classes, 3, S, S) to start from, S = canvas_size * im_size, and labels."""
+    """Initial images (ipc * classes, 3, S, S), S = canvas_size * im_size, and labels."""
     label_syn = torch.arange(data.form.num_classes).repeat_interleave(ipc)
     if pix_init == "noise":
         side = canvas_size * data.form.im_size
@@ -101,9 +101,9 @@ class Split:
 def split_dataset(labels, val_fraction, classes, num_test=None):
     """Split by class: TEST_FRACTION for testing, then `val_fraction` of the rest for validation.
 
-    Where a data set has an official test set, its last `num_test` images, that is the test set. It
-    depends on nothing but the labels (N,). Raises ReportedError where one of `classes` is too small
-    to have an image in each part.
+    An official test set, the last `num_test` images, stays the test set. The split depends only on
+    the labels (N,). Raises ReportedError if one of `classes` is too small to have an image in each
+    part.
     """
     random = np.random.RandomState(42)  # a frozen stream: NumPy never changes it
     num_rest = len(labels) - (num_test or 0)
@@ -137,7 +137,7 @@ ZCA_EPS = 0.1
 def channel_statistics(images):
     """Mean and standard deviation of each channel of uint8 images (N, 3, H, H), in [0, 1].
 
-    They are the same on every machine, since they follow from counts.
+    They are the same on every machine, since they are computed from counts.
     """
     counts = torch.zeros(3, 256, dtype=torch.float64)  # of each value
     for part in images.split(2048):
@@ -151,18 +151,18 @@ def channel_statistics(images):
 
 
 def eigenvectors(matrix, device):
-    """Eigenvalues, rising, and eigenvectors of a symmetric matrix, both on the CPU."""
+    """Eigenvalues in ascending order and eigenvectors of a symmetric matrix, both on the CPU."""
     return [result.cpu() for result in torch.linalg.eigh(matrix.to(device))]
 
 
 def fit_zca(images, eps=ZCA_EPS, device="cpu"):
     """kornia's ZCAWhitening(eps, compute_inv=True), fitted to float images (N, C, H, W) in [0, 1].
 
-    `device` computes the eigenvectors, which takes longest; images and transforms are on the CPU.
+    `device` computes the eigenvectors, which takes longest. Images and transforms are on the CPU.
 
-    kornia takes the singular values of the D×D covariance C. Here its eigenvectors V and
-    eigenvalues λ are computed, or, with fewer images than dimensions, those of the N×N Gram matrix,
-    which has the same λ > 0. Both transforms are written as a multiple of the identity plus a
+    kornia uses the singular values of the D×D covariance C. Here its eigenvectors V and eigenvalues
+    λ are computed. With fewer images than dimensions, those of the N×N Gram matrix are computed
+    instead, which has the same λ > 0. Both transforms are a multiple of the identity plus a
     correction on the span of V, so that the null space needs no vectors:
 
         (C + ε)^{−½} = ε^{−½} I − V diag(λ / (√(λ+ε) √ε (√(λ+ε) + √ε))) Vᵀ

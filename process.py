@@ -1,7 +1,8 @@
-"""What a script needs of the process that it runs in, from its first signal to its exit code."""
+"""What a script needs from its process, from the first signal to the exit code."""
 
 import ctypes
 import logging
+import os
 import platform
 import signal
 import sys
@@ -19,19 +20,19 @@ import torch
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
-# Faults, and the exit codes that they end in
+# Errors and exit codes
 
 
 class ReportedError(Exception):
-    """A fault that the user can mend. `run_script` prints it as one line and exits with code 2."""
+    """An error that the user can fix. `run_script` prints it as one line and exits with code 2."""
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT arrived. Made from the signal's number, and a note of what is saved."""
+    """SIGTERM or SIGINT arrived. Its arguments: the signal's number, and what is saved."""
 
 
 def first_line(error):
-    """An exception's message, cut to one line; of the system's errors without their numbers."""
+    """The first line of an exception's message. System errors lose their numbers."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -48,13 +49,16 @@ def is_out_of_memory(error):
 def run_script(main, less_memory):
     """Run a script's `main`, and turn what it raises into one line and an exit code.
 
-    A fault that the user can mend exits with 2, a signal with 128 + its number, as shells expect.
+    An error that the user can fix exits with 2, a signal with 128 + its number, as shells expect.
     `less_memory` names the flags that help when memory runs out.
     """
     keep_freed_memory()
-    # Where an encoding lacks α or ±, a question mark stands for it.
+    stderr = sys.stderr
+    if is_distributed() and os.environ["RANK"] != "0":
+        silence()
+    # If an encoding lacks α or ±, a question mark replaces it.
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not what a test or a notebook puts there
+        if hasattr(stream, "reconfigure"):  # a test or a notebook may have replaced it
             stream.reconfigure(errors="replace")
     # Importing it warns that there is no CUDA toolkit, which nothing here needs.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -74,8 +78,25 @@ def run_script(main, less_memory):
         code, text = 128 + number, f"stopped by {signal.Signals(number).name}; {saved}"
     else:
         return
+    finally:
+        is_silent = sys.stderr is not stderr
+        sys.stderr = stderr  # also for the traceback of unexpected errors
+    if is_silent:
+        # Rank 0 reports what happens to all ranks. Then torchrun ends this one before it reports.
+        time.sleep(3)
+        text = f"rank {os.environ['RANK']}: {text}"
     print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
     sys.exit(code)
+
+
+def is_distributed():
+    """Whether torchrun has started several processes, of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+
+
+def silence():
+    """Print no more output or warnings: rank 0 says the same."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,9 +104,9 @@ def run_script(main, less_memory):
 
 
 class Stop:
-    """Within `with stop:`, SIGTERM and SIGINT leave a note, which `stop.check()` raises.
+    """Within `with stop:`, SIGTERM and SIGINT are noted, and `stop.check()` raises `Stopped`.
 
-    So a run ends between two iterations, not within one. A second signal ends it at once.
+    A run thus ends between two iterations, not within one. A second signal ends it at once.
     """
 
     def __init__(self):
@@ -96,14 +117,14 @@ class Stop:
         self.signal = None
         self.handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs have it
+            if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background jobs
                 self.handlers[number] = signal.signal(number, self.note)
 
     def __exit__(self, *_):
         self.release()
 
     def release(self):
-        """From here on, signals do what they did before."""
+        """Restore what signals did before."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -112,7 +133,7 @@ class Stop:
         self.release()
 
     def check(self):
-        """Raise `Stopped` where a signal has arrived."""
+        """Raise `Stopped` if a signal has arrived."""
         if self.signal:
             raise Stopped(self.signal, "")
 
@@ -125,12 +146,12 @@ stop = Stop()  # one for the process, as signal handlers are
 
 
 def progress(iterable=None, **options):
-    """A tqdm bar on standard error where that is a terminal; elsewhere nothing."""
+    """A tqdm bar on standard error if that is a terminal, else nothing."""
     return tqdm(iterable, mininterval=1, disable=None, leave=False, **options)
 
 
 class Interval:
-    """`due()` is true whenever so many seconds have passed since it was, or since the start."""
+    """`due()` is true when so many seconds have passed since it last was, or since the start."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -144,20 +165,24 @@ class Interval:
 
 
 def write_line(text):
-    """A line on standard output, above any bar, and at once, also into a file or a pipe."""
+    """Print a line above any bar, without buffering, even to a file or a pipe."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 def log_line(text):
-    """A line on standard error, unless that is a terminal, where a bar shows the same."""
+    """Print a line to standard error, unless that is a terminal, where a bar shows the same."""
     if not sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
 
 
 def with_lines(items, interval, text):
-    """`items`, with a log line whenever `interval` is due: `text`, and how far it is."""
+    """Yield `items`, and log `text` and the progress whenever `interval` is due.
+
+    Raises `Stopped` if a signal has been noted.
+    """
     for number, item in enumerate(items):
+        stop.check()
         if interval.due():
             log_line(f"{text} {number} of {len(items)}")
         yield item
@@ -174,11 +199,11 @@ def duration(seconds):
 
 
 def in_threads(iterators, workers, bar):
-    """Run iterators to their ends, so many at a time, and count on a bar what they yield.
+    """Exhaust iterators, `workers` at a time, and count on a bar what they yield.
 
-    They share PyTorch's threads: where operations are small, it is faster to give each iterator a
-    core than to split operations. They take turns, so that all end together. What one of them
-    raises is raised here, and ends the others.
+    They share PyTorch's threads: if operations are small, a core for each iterator is faster than
+    splitting operations. They take turns, so that all end together. An exception in one of them is
+    raised here, and ends the others.
     """
     queue = deque(iterators)
     threads = torch.get_num_threads()
@@ -208,7 +233,7 @@ def in_threads(iterators, workers, bar):
 
 
 def take_turn(queue, bar, failed):
-    """Advance the first iterator of `queue`, and append it again unless it is at its end."""
+    """Advance the first iterator of `queue`, and append it again unless it is exhausted."""
     iterator = queue.popleft()
     for count, _ in enumerate(iterator, start=1):
         bar.update()
@@ -224,11 +249,11 @@ def take_turn(queue, bar, failed):
 
 
 def check_device(name):
-    """The torch device called `name`. Raises ReportedError where it cannot be used."""
+    """The torch device called `name`. Raises ReportedError if it cannot be used."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()  # the meta device, for one, has no data to copy
-        # A run's convolutions have few shapes: trying their algorithms pays.
+        # A run's convolutions have few shapes, so benchmarking their algorithms pays off.
         torch.backends.cudnn.benchmark = True
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -241,7 +266,7 @@ def has_bfloat16(device):
     """Whether `device` has instructions for bfloat16.
 
     Without them PyTorch emulates it, which is slower than float32: three times on an x86 processor
-    with AVX-512 but not its bfloat16 part, ten times without AVX-512.
+    with AVX-512 but without its bfloat16 extension, ten times without AVX-512.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
@@ -251,16 +276,18 @@ def has_bfloat16(device):
 
 
 def check_amp(amp, device):
-    """`amp` where `device` has bfloat16; elsewhere False, with a warning."""
+    """`amp` if `device` has bfloat16, else False, with a warning."""
     if amp and not has_bfloat16(device):
         warnings.warn(f"--amp: this {device.type} has no bfloat16; continuing in float32")
         return False
     return amp
 
 
-def describe(device, amp):
+def describe(device, amp, ranks=1):
     """The device and its precision, for the first line of output: a wrong driver means the CPU."""
     precision = "bfloat16" if amp else "float32"
+    if ranks > 1:
+        precision += f", {ranks} processes"
     if device.type != "cuda":
         return f"{device.type.upper()}, threads: {torch.get_num_threads()}, {precision}"
     # PyTorch's default, as in MTT: faster on Ampere and later, and exact to three digits only.
@@ -270,7 +297,7 @@ def describe(device, amp):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory: giving large tensors back costs a tenth of the time."""
+    """Let glibc keep freed memory: returning large tensors costs a tenth of the time."""
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -281,7 +308,7 @@ def keep_freed_memory():
 
 
 def peak_memory(device):
-    """The most memory that this process has held, in bytes: a GPU's on CUDA, else main memory.
+    """The peak memory of this process, in bytes: a GPU's on CUDA, else main memory.
 
     None where the system does not say.
     """
@@ -291,7 +318,7 @@ def peak_memory(device):
 
 
 def free_memory(device):
-    """What is free for this process to take, in bytes. None where the system does not say."""
+    """The memory that is free for this process, in bytes. None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return read_memory("/proc/meminfo", "MemAvailable")
@@ -303,7 +330,7 @@ def activation_memory(gigabytes, device):
 
 
 def read_memory(path, key):
-    """One of Linux's figures, in bytes; None on other systems."""
+    """A memory figure from Linux, in bytes; None on other systems."""
     try:
         lines = Path(path).read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])

@@ -15,24 +15,29 @@ There are two objectives (objectives.py):
 
     trajectory   L(θ_N) = ‖θ_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖², where θ*_t are an expert's
                  parameters after t epochs, and θ_0 = θ*_t
-    loss         L(θ_N) = ℓ(θ_N, x, y) on a batch of real images, where θ_0 is what a fresh network
-                 has become by some steps that are not differentiated
+    loss         L(θ_N) = ℓ(θ_N, x, y) on a batch of real images, where θ_0 are the parameters of a
+                 fresh network after some steps that are not differentiated
 
 `AutogradUnroll` keeps the graph of all N steps, as MTT does. `AdjointUnroll` walks back step by
-step, with the adjoint v_i = ∂L/∂θ_i, from v_N = ∇L(θ_N). All that step i adds are products of
-v_{i+1} with the Jacobians of f:
+step, with the adjoint v_i = ∂L/∂θ_i, from v_N = ∇L(θ_N). Step i only adds products of v_{i+1} with
+the Jacobians of f:
 
     v_i = (∂f/∂θ)ᵀ v_{i+1},   ∂L/∂x_i = (∂f/∂x)ᵀ v_{i+1},   ∂L/∂y_i = (∂f/∂y)ᵀ v_{i+1},
     ∂L/∂α = Σ_i (∂f/∂α)ᵀ v_{i+1}                                   (all at θ_i, x_i, y_i, α)
 
-They take the activations of step i. Those of the last steps are kept, as many as `memory` allows;
-of the earlier ones only θ_i is kept, and the step is taken once more on the way back. In units of a
-forward pass, a step costs 3 and its derivative 6: 9 where activations are kept, as in the plain
-unroll, and 12 where they are not. A compiled step keeps little: the results of convolutions and
-matrix products, from which the rest follows cheaply.
+They need the activations of step i. Those of the last steps are kept, as many as `memory` allows.
+Of the earlier steps only θ_i is kept, and the step is repeated on the way back. In units of a
+forward pass, a step costs 3 and its derivative 6: 9 if activations are kept, as in the plain
+unroll, and 12 if not. A compiled step keeps little: the results of convolutions and matrix
+products, from which the rest follows cheaply.
 
-Both engines take batches as they were drawn, and make (x_i, y_i) of them by a pure function,
+Both engines take drawn batches, and turn them into (x_i, y_i) by a pure function,
 `augment(synthetic, batch)`, which can be computed twice.
+
+If ranks r = 1 … R split each batch into equal parts (x_i^r, y_i^r), ℓ is the mean of theirs, and so
+f is the mean of f(θ, x^r, y^r, α). `AdjointUnroll` then uses the means over the ranks for θ_{i+1}
+and v_i, with two collectives of P numbers per step. Each rank adds up its own part of ∂L/∂x_i,
+∂L/∂y_i and ∂L/∂α. The caller takes their means over the ranks, once.
 """
 
 import torch
@@ -44,8 +49,8 @@ from torch.nn import functional as F
 class ReparamModule(nn.Module):
     """Call a network with its parameters taken from one flat vector, in `parameters()` order.
 
-    The network's own parameters lend only their names and shapes. `num_params` is P, the length of
-    the vector. `amp` computes in bfloat16; parameters, logits and gradients stay as they are.
+    The network's own parameters only provide names and shapes. `num_params` is P, the length of the
+    vector. `amp` computes in bfloat16. Parameters, logits and gradients keep their precision.
     Raises ValueError for a network with batch statistics: its output depends on more than θ and x.
     """
 
@@ -76,13 +81,13 @@ class ReparamModule(nn.Module):
         parameters = dict(zip(self.names, parts))
         images = x.to(dtype)
         if is_compiled_for_cpu(images):
-            # The faster layout there; for a GPU, the compiler chooses it itself.
+            # The faster layout on a CPU. On a GPU, the compiler chooses it.
             images = images.contiguous(memory_format=torch.channels_last)
         return functional_call(self.network, parameters, (images,)).to(x.dtype)
 
 
 def student_fault(network):
-    """Why a network cannot be a student; None: it can."""
+    """Why a network cannot be a student; None if it can."""
     if any(True for _ in network.buffers()):
         return (
             "a student cannot have batch normalisation, whose statistics change with every "
@@ -95,20 +100,26 @@ def is_compiled_for_cpu(x):
 
 
 def as_they_are(synthetic, batch):
-    """An `augment` for batches (x_i, y_i) that are made already, in the graph of `synthetic`."""
+    """An `augment` for ready-made batches (x_i, y_i), in the graph of `synthetic`."""
     return batch
+
+
+def identity(what):
+    """The argument itself."""
+    return what
 
 
 class Unroll:
     """What both engines have in common: a step of the student, and steps without a gradient.
 
     student    a `ReparamModule`
-    augment    makes (x_i, y_i) of what is learned and of a drawn batch
-    compile    makes a function from tensors to a tuple of tensors faster
-    memory     what kept activations may take, in bytes; with 0, memory grows with N only by the θ_i
+    augment    makes (x_i, y_i) from what is learned and a drawn batch
+    compile    speeds up a function from tensors to a tuple of tensors
+    memory     bytes for kept activations; with 0, memory grows with N only by the θ_i
+    mean       where ranks split each batch: the mean over them of a tensor
     """
 
-    def __init__(self, student, augment=as_they_are, compile=lambda function: function, memory=0):
+    def __init__(self, student, augment=as_they_are, compile=identity, memory=0, mean=identity):
         def loss(theta, x, y):
             return F.cross_entropy(student(x, theta), y)
 
@@ -120,14 +131,16 @@ class Unroll:
         self.augment = augment
         self.step = compile(step)
         self.memory = memory
-        self.bytes_per_step = 0  # what a step's graph keeps; known once one was taken
+        self.mean = mean
+        self.bytes_per_step = 0  # what a step's graph keeps, known after the first step
 
     @torch.no_grad()
     def advance(self, theta, synthetic, syn_lr, batches):
-        """θ (P,) after a step on each of these batches, of which nothing is differentiated."""
+        """θ (P,) after a step on each of these batches, without gradients."""
         for batch in batches:
             torch.compiler.cudagraph_mark_step_begin()
             (theta,) = self.step(theta, *self.augment(synthetic, batch), syn_lr)
+            theta = self.mean(theta)
         return theta
 
 
@@ -135,11 +148,11 @@ class AutogradUnroll(Unroll):
     """The reference: double backward through all N steps, whose graph is kept. Never compiled."""
 
     def __call__(self, theta_start, objective, synthetic, syn_lr, batches):
-        """L () and its exact gradients, by each of `synthetic`, and by α ().
+        """L () and its exact gradients with respect to each of `synthetic` and to α ().
 
         theta_start   θ_0, (P,)
         objective     L, a differentiable function of θ_N
-        synthetic     what is learned but α: images, and labels if they are; leaf tensors with
+        synthetic     what is learned except α: images, and labels if learned; leaf tensors with
                       requires_grad
         syn_lr        α, a scalar leaf tensor with requires_grad
         batches       N batches, of which `augment(synthetic, batch)` makes (x_i, y_i)
@@ -159,14 +172,14 @@ class AdjointUnroll(Unroll):
 
     def __call__(self, theta_start, objective, synthetic, syn_lr, batches):
         """The same as for `AutogradUnroll`."""
-        # The θ_i are allocated together, before any activation: between these, which come and go,
-        # they would fragment the heap.
+        # The θ_i are allocated together, before any activation. Between activations, which come and
+        # go, they would fragment the heap.
         thetas = [theta_start.detach().clone() for _ in range(len(batches) + 1)]  # (P,) each
         learned = (*synthetic, syn_lr)
         kept = {}  # what `take_step` returned, by the number of the step
         for i, batch in enumerate(batches):
             taken = self.take_step(thetas[i], synthetic, syn_lr, batch, alone=not kept)
-            thetas[i + 1].copy_(taken[1].detach())
+            thetas[i + 1].copy_(self.mean(taken[1].detach()))
             self.bytes_per_step = self.bytes_per_step or bytes_of_graph(taken[1])
             if (len(batches) - i) * self.bytes_per_step <= self.memory:
                 kept[i] = taken
@@ -177,18 +190,18 @@ class AdjointUnroll(Unroll):
         for i, batch in reversed(list(enumerate(batches))):
             taken = kept.pop(i, None) or self.take_step(thetas[i], synthetic, syn_lr, batch)
             theta, following = taken
-            # Vector-Jacobian products; those with x_i and y_i go on to what these were made of.
+            # Vector-Jacobian products, continued from x_i and y_i to what these were made from.
             v, *products = torch.autograd.grad(following, (theta, *learned), v)
-            v = v.clone()  # the next replay of a CUDA graph overwrites its results
+            v = self.mean(v.clone())  # the next replay of a CUDA graph overwrites its results
             for gradient, product in zip(gradients, products):
                 gradient += product
             del taken, following  # before the next step's graph is made
         return value, *gradients
 
     def take_step(self, theta, synthetic, syn_lr, batch, alone=True):
-        """θ_i as a leaf, and θ_{i+1}, whose graph leads to it and to all that is learned.
+        """θ_i as a leaf, and θ_{i+1}, whose graph leads back to it and to all that is learned.
 
-        `alone`: no earlier step's graph is needed any more, so a CUDA graph may use its memory.
+        `alone`: no earlier step's graph is needed any more, so a CUDA graph may reuse its memory.
         """
         if alone:
             torch.compiler.cudagraph_mark_step_begin()

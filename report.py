@@ -1,4 +1,4 @@
-"""What a person sees of a run: tables, pictures, curves."""
+"""How a run is shown: tables, pictures, curves."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ def evaluation_lines(row):
 
 
 def scores_table(scores, classes):
-    """Lines for the scores of each network: in all, and on each of the `classes` (names)."""
+    """A table of each network's scores: overall, and on each of the `classes` (names)."""
     lines = [f"{'network':22} {'validation':^16}   {'test':^16}"]
     lines += [f"{network:22} {score}" for network, score in scores.items()]
     names = "   ".join(f"{network:16}" for network in scores)
@@ -59,9 +59,10 @@ def closing_table(run, inputs, state):
     """What networks learn from real images, from the distilled ones, and from all real ones."""
     best = state.evaluations.best
     rows = [("trained on", "α", "network", f"{'validation':^16}   {'test':^16}")]
-    kinds = [*(("random real", baseline) for baseline in state.baselines), ("distilled", best)]
-    for kind, row in kinds:
-        images = f"{len(state.label_syn)} {kind} images"
+    count = len(state.label_syn)
+    kinds = [f"{count} random real images", "the same, at the learned α"][: len(state.baselines)]
+    rows_of = zip([*kinds, f"{count} distilled images"], [*state.baselines, best])
+    for images, row in rows_of:
         for network, scores in row["scores"].items():
             rows.append((images, f"{row['syn_lr']:.5f}", network, scores))
     if accuracies := inputs.experts.test_accuracies:
@@ -72,6 +73,11 @@ def closing_table(run, inputs, state):
     return "\n".join(
         ["", f"Best iteration: {best['iteration']}", *lines, f"Files: {run.folder} ({names})"]
     )
+
+
+def memory_line(peaks):
+    """A line for the peak memory of each rank, in bytes."""
+    return f"Peak memory by rank: {', '.join(f'{(peak or 0) / 1e9:.2f}' for peak in peaks)} GB"
 
 
 def save_results(run, inputs, state):
@@ -93,12 +99,12 @@ def save_results(run, inputs, state):
 # --------------------------------------------------------------------------------------------------
 # Pictures
 
-MAX_SIDE = 30_000  # of a picture, in pixels: GIF ends at 65,535
+MAX_SIDE = 30_000  # of a picture, in pixels: GIF allows 65,535
 MAX_PIXELS = 30_000_000  # Pillow warns from 90 million on
 
 
 def clip(images, deviations=2.5):
-    """Images with values beyond so many standard deviations from the mean cut off, as MTT's."""
+    """Images clipped at so many standard deviations from the mean, as in MTT."""
     mean, std = images.mean(), images.std()
     return images.clamp(mean - deviations * std, mean + deviations * std)
 
@@ -113,8 +119,8 @@ def draw_image(image):
 def draw_grid(images, labels, title, classes):
     """A labelled picture of images (B, 3, H, W), each in its own range, in their order.
 
-    Rows of ten, or five where there are no more than ten images. `classes` names the labels (B,).
-    The title says where a picture of all images would be too large.
+    Rows of ten, or of five for up to ten images. `classes` names the labels (B,). The title says if
+    a picture of all images would be too large.
     """
     few = len(images) <= 10
     columns = 5 if few else 10
@@ -145,7 +151,7 @@ def draw_grid(images, labels, title, classes):
 
 
 def progress(state, iterations):
-    """The iterations that are left, one more than there are updates, with a bar on a terminal."""
+    """The remaining iterations, one more than the updates, with a bar on a terminal."""
     done = len(state.losses)
     numbers = range(done, iterations + 1)
     bar = {"initial": done, "total": iterations, "desc": "distilling", "unit": "iterations"}
@@ -157,7 +163,7 @@ def run_title(run):
 
 
 def save_images(run, data, state):
-    """A picture of the synthetic images, and where `is_kept`, their tensors."""
+    """Save a picture of the synthetic images and, if `is_kept`, their tensors."""
     it = len(state.losses)
     images = state.image_syn.detach().cpu()
     labels = state.label_syn.cpu()  # of the classes
@@ -177,7 +183,7 @@ def save_images(run, data, state):
 
 
 def is_kept(run, state):
-    """Whether images are kept: of a new best, every 1000 iterations, and at the end."""
+    """Whether images are kept: at a new best, every 1000 iterations, and at the end."""
     it = len(state.losses)
     is_last = it == run.settings["Iteration"]
     return state.evaluations.latest_is_best or it % 1000 == 0 or is_last

@@ -13,22 +13,22 @@ import report
 from preprocessing import Data
 from process import ReportedError
 
-# What a flag takes beside saved sets.
+# What a flag takes besides saved sets.
 OTHERS = {"--evaluate": "random, herding, k_center, full", "--pix_init": "real, noise"}
 
 
 def saved_folder(what):
-    """The folder of a saved set, which is named itself, or by one of its files."""
+    """The folder of a saved set, given by itself or by one of its files."""
     path = expanded(what)
     return path if path.is_dir() else path.parent
 
 
 def expanded(what):
-    return Path(os.path.expanduser(what))  # pathlib's raises an error for an unknown user
+    return Path(os.path.expanduser(what))  # pathlib's version raises an error for an unknown user
 
 
 class SavedSet(NamedTuple):
-    """What files hold, unchecked; None: there is no such file."""
+    """What the files hold, unchecked; None if there is no such file."""
 
     images: object
     labels: object
@@ -40,7 +40,7 @@ def find_set(what, flag):
 
     They are images_*.pt with labels_*.pt and syn_lr_*.pt (this project, MTT) or lr_*.pt (DATM)
     beside it, dd_ranking.pt (DD-Ranking), and res_*.pt (DC, DM), whose last experiment is taken.
-    Raises ReportedError for what cannot be read.
+    Raises ReportedError for a file that cannot be read.
     """
     path = expanded(what)
     if path.is_dir():
@@ -75,7 +75,7 @@ def set_in(content, path, flag):
             return SavedSet(content[images], labels[0], content.get("syn_lr"))
     keys = ", ".join(map(str, list(content)[:8])) or "none"
     raise ReportedError(
-        f"{flag}: {path} holds no images with labels, but a dict with the keys {keys}; known are "
+        f"{flag}: {path} holds no images with labels, but a dict with the keys {keys}. Known are "
         "image_tensor and hard_labels (DD-Ranking), data (DC), images and labels"
     )
 
@@ -85,13 +85,13 @@ def is_pair(found):
     return is_two and all(isinstance(part, torch.Tensor) for part in found)
 
 
-SCALAR = np.float64(0).__reduce__()[0]  # where it is differs between versions of NumPy
+SCALAR = np.float64(0).__reduce__()[0]  # its place differs between versions of NumPy
 NUMPY_SCALARS = [SCALAR, (SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
 NUMPY_SCALARS += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
 
 
 def read_file(path, flag):
-    """What `torch.save` wrote; None where there is no such file."""
+    """What `torch.save` wrote; None if there is no such file."""
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):  # accuracies, in DC's files
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -103,9 +103,9 @@ def read_file(path, flag):
 
 
 def saved_step_size(what, flag):
-    """The α of a saved set; None where it is not saved, as by MTT.
+    """The α of a saved set; None if it was not saved, as by MTT.
 
-    Raises ReportedError where the file holds something else.
+    Raises ReportedError if the file holds something else.
     """
     syn_lr = find_set(what, flag).syn_lr
     if syn_lr is None:
@@ -125,7 +125,7 @@ def saved_step_size(what, flag):
 def load_set(what, form, flag):
     """Images (N, 3, H, H) float32, and labels, of a saved set: classes, or probabilities.
 
-    Raises ReportedError where they are missing, or do not fit this `datasets.Form`.
+    Raises ReportedError if they are missing, or do not fit this `datasets.Form`.
     """
     found = find_set(what, flag)
     for name, part in (("images", found.images), ("labels", found.labels)):
@@ -204,7 +204,7 @@ def is_label_set(labels, images, form):
 
 
 def check_set(what, images, texture, settings, form, flag):
-    """Raise ReportedError where images were made for other data, or need --texture.
+    """Raise ReportedError if images were made for other data, or need --texture.
 
     `settings` are those of the data, and `form` their `datasets.Form`.
     """
@@ -220,19 +220,36 @@ def check_set(what, images, texture, settings, form, flag):
         )
 
 
+def classes_of(labels):
+    """The classes (N,) of labels: classes, or probabilities (N, classes).
+
+    A learned label's likeliest class may be another than its image has started from. Sets are in
+    the order of their classes, with as many images of each. In any other set, the likeliest counts.
+    """
+    if labels.dim() == 1:
+        return labels
+    count, num_classes = labels.shape
+    if count % num_classes:
+        return labels.argmax(1)
+    return torch.arange(num_classes, device=labels.device).repeat_interleave(count // num_classes)
+
+
 def export_set(folder, images, labels, syn_lr, data: Data):
     """Write a synthetic set for other tools: PNGs in class folders, and dd_ranking.pt.
 
-    The PNGs are for the eye: clipped, each in its own range. DD-Ranking's dictionary has what
-    networks learn from. Raises ReportedError where the folder has images already.
+    The PNGs are for viewing: clipped, each in its own range. DD-Ranking's dictionary has what
+    networks learn from. Raises ReportedError if the folder already has images.
+
+    Every class has a folder, so that `ImageFolder` numbers them alike.
     """
     if (folder / "images").exists():
         raise ReportedError(
             f"--export={folder}: there are images already: remove them, or name another folder"
         )
     pixels = report.clip(data.to_pixels(images))
-    classes = labels if labels.dim() == 1 else labels.argmax(1)
+    classes = classes_of(labels)
     for label, name in enumerate(data.classes):
+        (folder / "images" / name).mkdir(parents=True)
         for number, image in enumerate(pixels[classes == label]):
             path = folder / "images" / name / f"{number:04d}.png"
             report.save_picture(path, report.draw_image(image))

@@ -1,4 +1,4 @@
-"""Accuracies of evaluations: of one, and of all in a run."""
+"""Accuracies of one evaluation, and of all evaluations of a run."""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def spread(accuracies):
-    """Mean ± population standard deviation, in percent; one network has no spread."""
+    """Mean ± population standard deviation, in percent. A single network has no spread."""
     if not accuracies:
         return ""
     deviation = f" ± {np.std(accuracies):6.2%}" if len(accuracies) > 1 else ""
@@ -26,9 +26,9 @@ class Scores:
 
     @property
     def selection_accuracy(self):
-        """What the best iteration is chosen by: the validation set, or, without one, the test set.
+        """The accuracy that selects the best iteration: validation, or without it, test.
 
-        The latter is MTT's rule.
+        Using the test set is MTT's rule.
         """
         return np.mean(self.val or self.test)
 
@@ -46,7 +46,7 @@ class Evaluations:
 
     @property
     def comparable(self):
-        """The evaluations of the same networks as the latest one, trained as long."""
+        """The evaluations of the same networks as the latest one, trained for as many epochs."""
 
         def kind(row):
             return row["scores"].keys(), row.get("epochs")  # earlier versions kept none
@@ -55,7 +55,7 @@ class Evaluations:
 
     @property
     def best(self):
-        """The comparable evaluation with the highest selection accuracy, the first of several."""
+        """The comparable evaluation with the highest selection accuracy, the first if tied."""
         return max(self.comparable, key=lambda row: mean_selection_accuracy(row["scores"]))
 
     @property
@@ -73,7 +73,7 @@ class Evaluations:
         return any(of_row == names for of_row in at)
 
     def add(self, scores, syn_lr, losses, seconds, epochs):
-        """Add the evaluation, by networks of so many epochs, after iterations with these losses."""
+        """Add an evaluation by networks of so many epochs, after iterations with these losses."""
         recent = losses[self.rows[-1]["iteration"] if self.rows else 0 :]
         row = {
             "iteration": len(losses),

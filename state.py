@@ -1,4 +1,4 @@
-"""What a run changes: the synthetic images, their labels, α, and what is known of them."""
+"""What a run changes: the synthetic images, their labels, α, and what is known about them."""
 
 import math
 import time
@@ -10,6 +10,7 @@ import utils
 from image_sets import initial_set
 from preprocessing import Data
 from process import ReportedError, first_line
+from saved_sets import classes_of
 from scores import Evaluations, from_json, to_json
 
 IMAGE_OPTIMIZERS = {  # --optimizer_img
@@ -19,13 +20,12 @@ IMAGE_OPTIMIZERS = {  # --optimizer_img
 
 
 class State:
-    """All that changes in a run, and that a checkpoint keeps.
+    """All that changes in a run, which a checkpoint keeps.
 
     image_syn    synthetic images (K, 3, S, S)
     label_syn    their classes (K,)
-    logits       what their labels are the softmax of, (K, classes); None: the classes themselves
+    logits       of their soft labels, (K, classes); None: the labels are the classes
     syn_lr       α, a scalar; alpha: its value
-    random       the generator of all draws but those of evaluations
     source       what the images start from: "real", "noise", or a saved set's digest
     losses       the objective in each iteration so far
     evaluations  of the synthetic images
@@ -35,14 +35,12 @@ class State:
     def __init__(self, args, data: Data):
         """Where a run starts."""
         device = data.train[0].device
-        # One stream for images, segments and batches: a checkpoint keeps where it stands.
-        self.random = utils.make_generator("distillation", args.seed)
-        images, labels, self.source = initial_set(args, data, self.random)
+        random = utils.make_generator("distillation", args.seed)
+        images, labels, self.source = initial_set(args, data, random)
         images, labels = images.to(device), labels.to(device)
         self.image_syn = images.requires_grad_(True)
-        is_soft = labels.dim() == 2
-        self.label_syn = labels.argmax(1) if is_soft else labels
-        self.logits = labels.clamp(min=1e-12).log() if is_soft else None
+        self.label_syn = classes_of(labels)
+        self.logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
         self.syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # ()
         self.alpha = self.syn_lr.item()
         self.optimizers = [
@@ -59,7 +57,7 @@ class State:
         self.finished = False
 
     def soften(self, logits, rate):
-        """Take these logits (K, classes) for labels; learn them, unless `rate` is None."""
+        """Use these logits (K, classes) as labels, and learn them unless `rate` is None."""
         self.logits = logits.detach().clone()
         if rate is not None:
             self.logits.requires_grad_(True)
@@ -67,7 +65,7 @@ class State:
 
     @property
     def synthetic(self):
-        """What is learned but α."""
+        """What is learned, except α."""
         learned = self.logits is not None and self.logits.requires_grad
         return (self.image_syn, self.logits) if learned else (self.image_syn,)
 
@@ -77,7 +75,7 @@ class State:
         return self.label_syn if self.logits is None else self.logits.detach().softmax(1)
 
     def batch_maker(self, augment):
-        """What makes (x, y) of the learned tensors and a drawn batch, as engines take it."""
+        """A function that makes (x, y) from the learned tensors and a drawn batch, for engines."""
 
         def make_batch(synthetic, batch):
             image_syn, *logits = synthetic
@@ -90,9 +88,9 @@ class State:
         return self.seconds_before + time.time() - self.start
 
     def step(self, loss, *gradients):
-        """Move all that is learned along the gradients of this loss, in the engine's order.
+        """Update all that is learned by the gradients of this loss, in the engine's order.
 
-        Returns what is not finite, or α that is not positive, as text; None: all is well.
+        Returns as text what is not finite, or that α is not positive; None if all is well.
         """
         learned = (*self.synthetic, self.syn_lr)
         for tensor, gradient in zip(learned, self.clipped(gradients) if self.clips else gradients):
@@ -102,7 +100,7 @@ class State:
         names = ("∂L/∂images", *(["∂L/∂labels"] if len(learned) == 3 else []), "∂L/∂α")
         checked = {**dict(zip(names, gradients)), "images": self.image_syn}
         finite = [tensor.isfinite().all() for tensor in checked.values()]
-        # All that is to be known of an iteration comes by one transfer: it waits for the device.
+        # One transfer fetches all that is needed from an iteration, since it waits for the device.
         values = [loss, self.syn_lr.detach(), *(flag.to(loss.dtype) for flag in finite)]
         loss, self.alpha, *finite = torch.stack(values).tolist()
         self.losses.append(loss)
@@ -122,10 +120,10 @@ class State:
             g * (limit / norm.clamp(min=1e-30)) for g, limit, norm in zip(gradients, limits, norms)
         ]
 
-    def go_on(self, iterations, evaluator):
-        """Take up a run that may have been finished, and may be evaluated in another way."""
+    def resume(self, iterations, evaluator):
+        """Continue a run that may have been finished, and may be evaluated in another way."""
         self.finished &= len(self.losses) == iterations
-        # Baselines are for the same networks, trained as long, and as many.
+        # Baselines are for the same networks, as many, trained for as many epochs.
         wanted = evaluator.pool.keys(), evaluator.epochs, evaluator.num_eval
         for row in self.baselines[:1]:
             scores = row["scores"]
@@ -140,7 +138,6 @@ class State:
             "syn_lr": self.syn_lr.detach(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "norms": self.norms,
-            "random": self.random.get_state(),
             "losses": self.losses,
             "evaluations": to_json(self.evaluations.rows),
             "baselines": to_json(self.baselines),
@@ -150,10 +147,18 @@ class State:
         files.write_tensors(path, content)
 
     @torch.no_grad()
-    def load(self, path):
-        """Go back to what `save` wrote, if it did. Raises ReportedError for a damaged file."""
+    def load(self, path, ranks):
+        """Restore what `save` wrote, if anything, as rank 0 reads it.
+
+        Raises ReportedError for a damaged file.
+        """
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = None
+            if ranks.is_first and path.exists():
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            content = ranks.from_first(content)
+            if content is None:
+                return  # a new run
             # Copied in place: the optimisers refer to these tensors.
             self.image_syn.copy_(content["images"])
             self.label_syn.copy_(content["labels"])
@@ -165,14 +170,11 @@ class State:
                 optimizer.load_state_dict(saved)
             if content["norms"] is not None:
                 self.norms = content["norms"].to(self.syn_lr.device)
-            self.random.set_state(content["random"])
             self.losses = content["losses"]
             self.evaluations = Evaluations(from_json(content["evaluations"]))
             self.baselines = from_json(content["baselines"])
             self.seconds_before = content["seconds"]
             self.finished = content["finished"]
-        except FileNotFoundError:
-            pass  # a new run
         except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
             raise ReportedError(
                 f"{path} is damaged ({first_line(error)}): remove it, and the run starts from "
@@ -181,7 +183,7 @@ class State:
 
 
 def first_fault(loss, alpha, finite):
-    """What went wrong in an iteration, and what may help; `finite` is by name. None: nothing."""
+    """What went wrong in an iteration, and what may help. None: nothing. `finite` is by name."""
     faults = [] if math.isfinite(loss) else ["loss is not finite"]
     faults += [f"{name} is not finite" for name, is_finite in finite.items() if not is_finite]
     if not 0 < alpha < math.inf:
@@ -189,6 +191,6 @@ def first_fault(loss, alpha, finite):
     if not faults:
         return None
     return (
-        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps; the "
-        "checkpoint before it is kept"
+        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps, and "
+        "start another run; the last checkpoint of this one is kept"
     )

@@ -1,6 +1,7 @@
 """ToySAT, a drawn stand-in for EuroSAT: the same ten classes, told apart by form more than colour.
 
-It needs no download, and trains in seconds. `draw_toysat` draws it; all else serves that function.
+It needs no download, and trains in seconds. `draw_toysat` draws it. Everything else serves that
+function.
 """
 
 import numpy as np
@@ -60,7 +61,7 @@ class LandPainter:
         return field / field.std((1, 2), keepdims=True)
 
     def axes(self, bend):
-        """Pixel coordinates (u, v) in random frames; `bend` makes straight lines wander."""
+        """Pixel coordinates (u, v) in random frames. `bend` makes straight lines wander."""
         y, x = np.mgrid[:64, :64].astype(np.float32)
         x, y, angle = x - self.uniform(16, 48), y - self.uniform(16, 48), self.uniform(0, 2 * np.pi)
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -118,7 +119,7 @@ class LandPainter:
             self.rng.integers(4, 9, (2, self.n, 1, 1)),
         )
         at, border = self.parcels(u, v, spacing * rows[0], spacing * rows[1])
-        # Vines are rows without gaps, where an orchard has single trees.
+        # Vines are rows without gaps, whereas an orchard has single trees.
         vines = at(self.rng.random((self.n, 64)) < 0.4)
         along = np.where(vines, 0.5, np.cos(2 * np.pi * v / spacing))
         plants = np.cos(2 * np.pi * u / spacing) + along

@@ -1,29 +1,21 @@
-"""Trajectory files: experts as they are kept, and the segments that a student has to match."""
+"""Trajectory files: experts as they are saved, each with a record of how it was made."""
 
-import hashlib
 import json
-import warnings
 import zipfile
-from dataclasses import dataclass, replace
 
 import torch
 
 import files
-import utils
 from process import ReportedError, first_line
 
-# --------------------------------------------------------------------------------------------------
-# Files
-#
 # Expert n is `replay_buffer_{n}.pt`: a list of one trajectory, a list of snapshots, each a list of
 # tensors in `parameters()` order. MTT reads it, and MTT's own files, which hold ten, are read here.
-# The record beside it, which MTT's lack, says how it was made. It is written first, so that a file
-# that is there has a record; neither ever changes. Readers therefore need no lock.
-
-FORWARD_BATCH = 256  # images that experts see at once
+# The record beside it, which MTT's files lack, says how it was made. It is written first, so every
+# file has a record, and neither ever changes. Readers therefore need no lock.
 
 REMEDY = "remove it and its .json, run expert_trajectories.py again"
-FOREIGN_REMEDY = "name a --buffer_path without it, or train experts there"  # it may be dear
+# It may be costly to replace.
+FOREIGN_REMEDY = "name a --buffer_path without it, or train experts there"
 
 
 class DamagedFile(ReportedError):
@@ -57,7 +49,7 @@ def save_expert(path, trajectory, record):
 
 
 def read_record(path):
-    """The record of a trajectory file; None where it has none, as MTT's own.
+    """The record of a trajectory file; None if it has none, like MTT's own.
 
     Compares the file's size, not its content. Raises DamagedFile.
     """
@@ -68,12 +60,12 @@ def read_record(path):
         if isinstance(content, dict) and isinstance(content.get("experts"), list):
             raise ReportedError(
                 f"{record_path} was written by an earlier version, which kept several experts in a "
-                "file: train into another --buffer_path, or move the .json away, and they are read "
+                "file: train into another --buffer_path, or move the .json away to have them read "
                 "as MTT's"
             )
         if not (isinstance(content, dict) and kinds.keys() & content.keys()):
             raise ReportedError(
-                f"{record_path} is no record of this project: move it away, and {path.name} is "
+                f"{record_path} is no record of this project: move it away to have {path.name} "
                 "read as MTT's"
             )
         record = files.read_json(record_path, **kinds)
@@ -98,7 +90,7 @@ def read_record(path):
 def read_trajectories(path):
     """The trajectories in a file, memory-mapped, and its record (None: MTT's own).
 
-    Raises DamagedFile, also where the content does not have the recorded checksum.
+    Raises DamagedFile, also if the content does not have the recorded checksum.
     """
     record = read_record(path)
     if record:
@@ -122,9 +114,10 @@ def read_trajectories(path):
 
 
 def as_trajectories(found):
-    """Lists of experts, of snapshots, of tensors, from lists or tuples, and snapshots as dicts.
+    """Lists of experts, snapshots and tensors, from lists or tuples. Snapshots may be dicts.
 
-    A dict is a network's `state_dict()`, in `parameters()` order. Raises TypeError for all else.
+    A dict is a network's `state_dict()`, in `parameters()` order. Raises TypeError for anything
+    else.
     """
     fault = TypeError(f"it holds {outline(found)}; wanted are lists of experts, snapshots, tensors")
 
@@ -149,7 +142,7 @@ def as_trajectories(found):
 
 
 def outline(found):
-    """What is nested how, by the first of each: "a list of 2 lists of 3 tensors"."""
+    """How it is nested, judged by the first items: "a list of 2 lists of 3 tensors"."""
     words, level = f"a {type(found).__name__.lower()}", found
     for _ in range(5):  # a list may hold itself
         if not isinstance(level, (list, tuple, dict)):
@@ -161,183 +154,6 @@ def outline(found):
     return words
 
 
-# --------------------------------------------------------------------------------------------------
-# Experts
-
-
-@dataclass(frozen=True)
-class Expert:
-    """A trajectory, and what is known of it."""
-
-    trajectory: list  # of snapshots, of tensors
-    name: str  # for messages
-    record: dict | None  # None: MTT's own
-
-    @property
-    def losses(self):
-        return self.record and self.record["expert"]["loss"]
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The experts that a distillation draws from."""
-
-    members: list  # of Expert
-
-    @property
-    def test_accuracies(self):
-        """Each expert's accuracy after its last epoch, as far as it is recorded."""
-        recorded = (expert.record for expert in self.members if expert.record)
-        return [record["expert"]["test_accuracy"][-1] for record in recorded]
-
-    def check_settings(self, settings):
-        """Raise ReportedError where experts were made with other `settings`."""
-        for expert in self.members:
-            if expert.record:
-                files.check_record(expert.name, expert.record["settings"], settings)
-
-    def digest(self):
-        """A hash that tells this set of experts from another.
-
-        It covers settings, losses, and the last parameters of the first expert and of MTT's own.
-        """
-        known = [len(self.members), *(expert.losses for expert in self.members)]
-        known += [[e.record["settings"], e.record["training"]] for e in self.members if e.record]
-        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-        unrecorded = [expert for expert in self.members if not expert.record]
-        for expert in [self.members[0], *unrecorded]:
-            digest.update(flat(expert.trajectory[-1]).numpy())
-        return digest.hexdigest()[:16]
-
-    def check_epochs(self, max_start_epoch, expert_epochs):
-        """Raise ReportedError where the last segment, T⁺ − 1 to T⁺ − 1 + M, ends too late."""
-        last = max_start_epoch - 1 + expert_epochs
-        short = [expert for expert in self.members if len(expert.trajectory) <= last]
-        if short:
-            which = "these" if len(short) == len(self.members) else short[0].name
-            epochs = len(short[0].trajectory) - 1
-            raise ReportedError(
-                f"--max_start_epoch={max_start_epoch} and --expert_epochs={expert_epochs} need "
-                f"experts of {last} epochs; {which} {'have' if which == 'these' else 'has'} "
-                f"{epochs}: lower one of them, or train experts with more --train_epochs"
-            )
-
-    def check_segments(self, max_start_epoch, length, skip_damaged):
-        """The same experts without damaged ones. Raises ReportedError unless `skip_damaged`."""
-        whole = []
-        for expert in self.members:
-            if fault := segment_fault(expert.trajectory, max_start_epoch, length):
-                remedy = REMEDY if expert.record else FOREIGN_REMEDY
-                skip_or_raise(DamagedFile(f"{expert.name} {fault}: {remedy}"), skip_damaged)
-            else:
-                whole.append(expert)
-        return Experts(require_experts(whole))
-
-    def on_device(self, snapshots, device):
-        """The same with each expert's first `snapshots` on the device."""
-        moved = []
-        for expert in self.members:
-            part = [[p.to(device) for p in snapshot] for snapshot in expert.trajectory[:snapshots]]
-            moved.append(replace(expert, trajectory=part))
-        return Experts(moved)
-
-    @torch.no_grad()
-    def logits(self, student, images):
-        """The mean of all experts' logits (B, classes) on images (B, 3, H, H), by last epochs.
-
-        `student` is a `ReparamModule` of their network.
-        """
-        thetas = [flat(expert.trajectory[-1]).to(images.device) for expert in self.members]
-        means = []
-        for x in images.split(FORWARD_BATCH):
-            means.append(torch.stack([student(x, theta) for theta in thetas]).mean(0))
-        logits = torch.cat(means)
-        if not logits.isfinite().all():
-            raise ReportedError(
-                "the experts' labels are not finite: one has diverged by its last epoch; leave it "
-                "out (--max_files), or use --labels=hard"
-            )
-        return logits
-
-    @torch.no_grad()
-    def features(self, student, images):
-        """What the first expert's last layer makes its logits of, (B, D), by its last epoch."""
-        theta = flat(self.members[0].trajectory[-1]).to(images.device)
-        *_, last = (m for m in student.network.modules() if isinstance(m, torch.nn.Linear))
-        seen = []
-        hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        for x in images.split(FORWARD_BATCH):
-            student(x, theta)
-        hook.remove()
-        return torch.cat(seen).float()
-
-    def segment(self, expert, epoch, length, device):
-        """θ*_t and θ*_{t+M} of an expert, each (P,), for t = `epoch` and M = `length`."""
-        trajectory = self.members[expert].trajectory
-        return utils.send([flat(trajectory[t]) for t in (epoch, epoch + length)], device)
-
-
 def flat(snapshot):
     """A snapshot's parameters as one vector (P,)."""
     return torch.cat([p.reshape(-1) for p in snapshot])
-
-
-def segment_fault(trajectory, max_start_epoch, length):
-    """What is wrong with the segments that start before `max_start_epoch`; None: nothing."""
-    snapshots = [flat(snapshot) for snapshot in trajectory[: max_start_epoch + length]]
-    for t, theta in enumerate(snapshots):
-        if not theta.isfinite().all():
-            return f"is not finite at epoch {t}"
-    # MTT trained on a CPU keeps views of the live weights: all snapshots are the same, and the
-    # matching loss would divide by zero.
-    for t in range(max_start_epoch):
-        if torch.equal(snapshots[t], snapshots[t + length]):
-            return f"is the same at epochs {t} and {t + length}"
-
-
-def skip_or_raise(error, skip_damaged):
-    if not skip_damaged:
-        raise ReportedError(f"{error}, or continue without it by --skip_damaged")
-    warnings.warn(f"{error}; continuing without it")
-
-
-def require_experts(experts):
-    if not experts:
-        raise ReportedError("no expert is left: all trajectory files are damaged")
-    return experts
-
-
-def load_experts(folder, shapes, max_files, max_experts, skip_damaged):
-    """The experts in a folder's first `max_files` files, `max_experts` of each (None: all).
-
-    Raises ReportedError where there is none, where one is damaged (unless `skip_damaged`), and
-    where tensors do not have the network's parameter `shapes`. Warns where a file has no record.
-    """
-    paths = expert_files(folder)
-    if not paths:
-        raise ReportedError(
-            f"no replay_buffer_0.pt in {folder}: train experts first (expert_trajectories.py with "
-            "the same --dataset, --model, --zca and --buffer_path)"
-        )
-    members = []
-    for path in paths[:max_files]:
-        try:
-            trajectories, record = read_trajectories(path)
-        except DamagedFile as error:
-            skip_or_raise(error, skip_damaged)
-            continue
-        if record is None:
-            warnings.warn(
-                f"{path} has no record of its settings: whether its preprocessing fits cannot be "
-                "checked"
-            )
-        for number, trajectory in enumerate(trajectories[:max_experts]):
-            name = str(path) if record else f"expert {number} of {path}"
-            members.append(Expert(trajectory, name, record))
-    for expert in members:
-        if any([p.shape for p in snapshot] != shapes for snapshot in expert.trajectory):
-            raise ReportedError(
-                f"{folder} holds experts of another architecture, or with parameters in another "
-                "order: use the --model (and --im_size) that made them"
-            )
-    return Experts(require_experts(members))

@@ -33,7 +33,7 @@ def initial_network(model, form, generator, device):
     ReportedError for an unknown name, and for a side that does not fit.
     """
     seed = int(torch.randint(2**62, (1,), generator=generator))
-    # PyTorch's layers initialise themselves from the global generator, which is put back after.
+    # PyTorch's layers initialise themselves from the global generator, which is then restored.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
@@ -52,7 +52,7 @@ DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
 def window(x, rows, cols, fill=0.0):
-    """Images with pixels x[b, :, rows[b, i], cols[b, j]], or `fill` where that is outside of x."""
+    """Images with pixels x[b, :, rows[b, i], cols[b, j]], or `fill` where that is outside x."""
     _, channels, height, width = x.shape
     inside_rows = (rows >= 0) & (rows < height)  # (B, H')
     inside_cols = (cols >= 0) & (cols < width)  # (B, W')
@@ -200,8 +200,8 @@ def apply_plain(x, kind, shift, scale, angle):
 # --------------------------------------------------------------------------------------------------
 # Batches
 #
-# A batch is drawn before it is made. Drawing decides all that is random about it, on the CPU; what
-# is differentiated or compiled afterwards is a pure function, and can be computed a second time.
+# A batch is drawn before it is made. Drawing decides all that is random about it, on the CPU. What
+# is differentiated or compiled afterwards is a pure function, and can be computed twice.
 
 GROUPS = {**AUGMENTATIONS, "plain": (draw_plain, apply_plain)}
 
@@ -251,6 +251,18 @@ class Augment:
             group, parameters = draw_group(self.groups, count, self.side, generator)
         return Batch(indices, offsets, group, parameters)
 
+    def part(self, batch, ranks):
+        """A rank's part of a drawn batch, which has equally many images for each."""
+
+        def mine(values, windows=self.windows or 1):
+            """Of (windows * B, ...), where the first windows of all images come first."""
+            by_window = values.unflatten(0, (windows, len(batch.indices)))
+            part = by_window[:, ranks.rank :: ranks.size].flatten(0, 1)
+            return part.clone(memory_format=torch.contiguous_format)  # as `send` needs it
+
+        offsets, parameters = (tuple(map(mine, v)) for v in (batch.offsets, batch.parameters))
+        return Batch(mine(batch.indices, 1), offsets, batch.group, parameters)
+
     def __call__(self, images, batch, labels):
         """What the network sees of a drawn batch: (B, C, side, side), and labels (B,)."""
         x, y = images[batch.indices], labels[batch.indices]
@@ -269,7 +281,7 @@ class Augment:
 
 
 def draw_batches(count, batch_size, steps, augment, generator):
-    """`steps` batches from random permutations of `count` images; `steps` None: one epoch."""
+    """`steps` batches from random permutations of `count` images. `steps` None: one epoch."""
     if steps is None:
         chunks = torch.randperm(count, generator=generator).split(batch_size)
         return [augment.draw(indices, generator) for indices in chunks]
@@ -282,7 +294,7 @@ def draw_batches(count, batch_size, steps, augment, generator):
 
 
 def to_device(batches, device):
-    """The same batches on `device`, by one copy, which nothing waits for."""
+    """The same batches on `device`, moved by one copy that nothing waits for."""
     parts = [part for b in batches for part in (b.indices, *b.offsets, *b.parameters)]
     moved = iter(send(parts, device))
 
@@ -298,7 +310,7 @@ def send(tensors, device):
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     packed = torch.cat([tensors[i].reshape(-1).view(torch.uint8) for i in order])
     if torch.device(device).type == "cuda":
-        packed = packed.pin_memory()  # what is not pinned would be waited for
+        packed = packed.pin_memory()  # a copy from unpinned memory would block
     parts = packed.to(device, non_blocking=True).split([tensors[i].nbytes for i in order])
     sent = dict(zip(order, parts))
     return [sent[i].view(t.dtype).view(t.shape) for i, t in enumerate(tensors)]
@@ -309,10 +321,11 @@ def send(tensors, device):
 
 
 def train_epoch(forward, optimizer, train, augment, batches):
-    """Train on drawn batches of `train`, images (N, C, H, W) and labels, a step for each.
+    """Train on drawn batches of `train`, images (N, C, H, W) and labels, one step each.
 
-    Labels are classes (N,), or probabilities (N, classes), whose likeliest class counts as right.
-    Returns their mean loss and accuracy, scalars on the images' device: reading them waits for it.
+    Labels are classes (N,), or probabilities (N, classes), whose most likely class counts as
+    correct. Returns their mean loss and accuracy as scalars on the images' device. Reading them
+    waits for it.
     """
     images, labels = train
     loss_sum, hits = torch.zeros(2, device=images.device)
@@ -333,7 +346,7 @@ def train_epoch(forward, optimizer, train, augment, batches):
 
 @torch.no_grad()
 def accuracy(network, forward, images, labels, batch_size):
-    """Fraction of `images` (N, C, H, W) labelled correctly, and the same per class, a list."""
+    """Fraction of `images` (N, C, H, W) classified correctly, and the same per class, a list."""
     network.eval()
     predicted = []
     for x in images.split(batch_size):

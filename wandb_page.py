@@ -13,16 +13,27 @@ import process
 from process import first_line
 from report import clip, draw_grid, is_kept, run_title
 
+PROJECT = "DatasetDistillation"
+
+
+def options(args):
+    """Where a run is logged on Weights & Biases, as arguments of `Dashboard`."""
+    return {
+        "mode": args.wandb_mode,
+        "project": args.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT,
+        "entity": args.wandb_entity,
+    }
+
 
 class Dashboard:
-    """A run's page on Weights & Biases. It never asks, and never ends the script: it warns.
+    """A run's page on Weights & Biases. It never prompts and never ends the script. It warns.
 
-    Online when logged in and reachable, else offline, in `folder`/wandb. `axis` is the key that all
-    others are drawn against. `options` are those of `wandb.init`; an `id` that has been used before
-    continues that page. WANDB_DIR, and without `mode` WANDB_MODE, count as for wandb itself.
+    Online if logged in and reachable, else offline, in `folder`/wandb. `axis` is the key that all
+    others are plotted against. `options` are those of `wandb.init`. An `id` that has been used
+    before continues that page. WANDB_DIR, and WANDB_MODE without `mode`, work as in wandb itself.
     """
 
-    unreachable = False  # the server, by what this process has tried: waiting takes half a minute
+    unreachable = False  # the server, as far as this process knows: a try takes half a minute
 
     def __init__(self, folder, axis, mode, **options):
         # wandb would use the home directory.
@@ -47,12 +58,12 @@ class Dashboard:
             except Exception as error:  # of wandb, its service, or a WANDB_... variable's value
                 warnings.warn(f"wandb cannot start in mode {each}: {first_line(error)}")
                 Dashboard.unreachable |= each == "online"
-                stop_service()  # it would take the run for one that is still going on
+                stop_service()  # it would consider the run still active
         self.attempt(lambda page: page.define_metric(axis))
         self.attempt(lambda page: page.define_metric("*", step_metric=axis))
 
     def attempt(self, call):
-        """Call `call` with wandb's page; where it fails, warn and continue without wandb."""
+        """Call `call` with wandb's page. If it fails, warn and continue without wandb."""
         try:
             if self.page:
                 call(self.page)
@@ -64,7 +75,7 @@ class Dashboard:
         self.attempt(lambda page: page.log(values, step=step))
 
     def finish(self, **summary):
-        """Close the page, with what the table of runs shows of it."""
+        """Close the page, with its summary for the table of runs."""
         self.attempt(lambda page: page.summary.update(summary))
         self.attempt(lambda page: page.finish())
 
@@ -89,7 +100,7 @@ def stop_service():
 
 
 def modes_to_try(mode):
-    """wandb's modes, in order: as wished, or online if there is an account; then offline."""
+    """wandb's modes in order: the given one, or online if there is an account, then offline."""
     if mode in (None, "online") and not logged_in():
         if mode:
             warnings.warn("--wandb_mode=online, but nobody is logged in (wandb login): offline")
@@ -98,7 +109,7 @@ def modes_to_try(mode):
 
 
 def logged_in():
-    """Whether wandb knows an account, on this machine or by its environment."""
+    """Whether wandb knows an account, from this machine or the environment."""
     try:
         return wandb.login(prompt=False, verify=False)
     except Exception as error:
@@ -107,7 +118,7 @@ def logged_in():
 
 
 def evaluation_log(run, data, state, force_save):
-    """MTT's keys for the latest evaluation, and where they are kept, for the images."""
+    """MTT's keys for the latest evaluation and, if they are kept, for the images."""
     log = score_log(state.evaluations.comparable)
     if is_kept(run, state):
         images, labels = state.image_syn.detach().cpu(), state.label_syn.cpu()
@@ -119,7 +130,7 @@ def evaluation_log(run, data, state, force_save):
 
 
 def score_log(rows):
-    """MTT's keys for the latest of `rows`; `Loss` is the mean since the evaluation before."""
+    """MTT's keys for the latest of `rows`; `Loss` is the mean since the previous evaluation."""
     log = {} if rows[-1]["loss"] is None else {"Loss": rows[-1]["loss"]}
     for network, scores in rows[-1]["scores"].items():
         of_network = (row["scores"][network] for row in rows)
@@ -134,7 +145,7 @@ def score_log(rows):
 
 
 def picture_log(images, labels, data, title):
-    """MTT's keys for pictures of the images, clipped and not; with ZCA also whitening undone."""
+    """MTT's keys for pictures of the images, clipped and not, with ZCA also whitening undone."""
     log = {"Synthetic_Pixels": wandb.Histogram(images)}
     views = {"Synthetic": images}
     if data.zca:
@@ -149,13 +160,16 @@ def picture_log(images, labels, data, title):
     return log
 
 
-def run_summary(evaluations, seconds, device):
-    """What wandb's table of runs shows of a run: its cost, its accuracy, best and final, and α."""
+def run_summary(evaluations, seconds, memory):
+    """What wandb's table of runs shows about a run: cost, best and final accuracy, and α.
+
+    `memory` is the peak of each rank, in bytes; None where the system does not say.
+    """
     best, final = evaluations.best, evaluations.rows[-1]
     summary = {
         "Best_Iteration": best["iteration"],
         "Total_Seconds": seconds,
-        "Peak_Memory": process.peak_memory(device),
+        "Peak_Memory": max((peak for peak in memory if peak), default=None),
         "Versions": ", ".join(f"{name} {number}" for name, number in process.versions().items()),
     }
     for prefix, row in (("Best", best), ("Final", final)):

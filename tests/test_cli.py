@@ -10,6 +10,8 @@ import cli
 import distillation
 import expert_trajectories
 import files
+import runs
+import wandb_page
 from cli import Parser
 from process import ReportedError
 
@@ -123,7 +125,7 @@ def test_home_is_found_also_after_an_equals_sign(parsed, monkeypatch, tmp_path):
 def test_kept_flags_read_back_as_they_were(parsed, tmp_path):
     given = ["--zca", "--ipc=3", "--lr_lr=1e-7", "--data_path=here", f"--log_dir={tmp_path}"]
     args = argparse.Namespace(**parsed(distillation, *given))
-    files.start_run(tmp_path, {}, cli.run_flags(args))
+    files.start_run(tmp_path, {}, runs.run_flags(args))
     again = parsed(distillation, f"--resume={tmp_path}")
     assert again["data_path"] == Path("here").resolve()  # wherever it is resumed
     different = {name for name in again if again[name] != vars(args)[name]}
@@ -164,7 +166,7 @@ def test_a_run_of_an_earlier_version_is_named_as_such(parsed, tmp_path):
 
 def test_what_has_no_effect_is_no_part_of_what_a_run_is(parsed):
     def settings(*flags):
-        return cli.run_settings(argparse.Namespace(**parsed(distillation, *flags)))
+        return runs.run_settings(argparse.Namespace(**parsed(distillation, *flags)))
 
     usual = settings()
     assert usual["syn_steps"] == 20 and "texture" in usual
@@ -180,7 +182,7 @@ def test_what_has_no_effect_is_no_part_of_what_a_run_is(parsed):
 def test_the_name_of_a_runs_folder_tells_settings_apart(parsed):
     def name(*flags):
         args = argparse.Namespace(**parsed(distillation, *flags))
-        return cli.default_name(cli.run_settings(args))
+        return runs.default_name(runs.run_settings(args))
 
     assert name("--zca", "--ipc=3", "--seed=4").startswith("ConvNet_ipc3_zca_seed4_")
     assert name("--ipc=3") == name("--ipc=3", "--load_all") != name("--ipc=3", "--lr_img=1")
@@ -195,7 +197,7 @@ def test_wandbs_variable_names_the_project_where_no_flag_does(monkeypatch, flag,
     if variable:
         monkeypatch.setenv("WANDB_PROJECT", variable)
     args = argparse.Namespace(wandb_mode=None, wandb_project=flag, wandb_entity=None)
-    assert cli.wandb_flags(args)["project"] == project
+    assert wandb_page.options(args)["project"] == project
 
 
 # --------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def test_the_first_call_of_a_compiled_function_says_how_long_it_took(failures, m
             (result,) = function(torch.ones(3))
             assert result.tolist() == [2, 2, 2]
     lines = capfd.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert all(re.fullmatch(r"compiled double in \d+ s", line) for line in lines)
+    assert len(lines) == 4
+    assert all(re.fullmatch(r"compil(ing double|ed double in \d+ s)", line) for line in lines)
 
 
 def log_failure(log):
@@ -77,7 +77,7 @@ def test_of_many_failed_compilations_one_warning_is_left(caplog):
     log.addFilter(CompileFailures())
     with pytest.warns(UserWarning, match="continuing without it: no C") as caught:
         log_failure(log)
-    assert len(caught) == 1 and str(caught[0].message).endswith("no C++ compiler")
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         log_failure(log)

@@ -21,11 +21,13 @@ import reparam_module
 import utils
 from compilation import Compiler
 from evaluation import Evaluator
+from experts import Expert, Experts
 from objectives import MatchTrajectory, RealLoss, real_loss
 from preprocessing import Data, Form
+from ranks import ALONE
 from reparam_module import AdjointUnroll, ReparamModule
+from segments import Segments
 from state import State
-from trajectories import Expert, Experts
 from utils import Augment
 
 CUDA = torch.device("cuda", 0)
@@ -221,21 +223,16 @@ def test_an_iteration_of_distillation_waits_once(waits, memory, name, load_all, 
     augment = Augment(SIDE, DSA, windows)
     objective = make_objective(name, load_all, student, augment)
     unroll = AdjointUnroll(student, state.batch_maker(augment), memory=memory)
+    how = {"seed": 0, "shard_batch": False, "ranks": ALONE}
+    segments = Segments(objective, unroll, unroll.advance, augment, 2, STEPS, CLASSES, **how)
     waits.clear()
 
-    task = objective.draw(state.random)
-    steps = task.steps_before + STEPS
-    batches = utils.draw_batches(len(state.label_syn), CLASSES, steps, augment, state.random)
-    batches = utils.to_device(batches, CUDA)
-    assert not waits
-    learned = state.synthetic, state.syn_lr
-    theta = unroll.advance(task.theta, *learned, batches[:-STEPS])
-    loss, *gradients = unroll(theta, task.objective, *learned, batches[-STEPS:])
+    loss, *gradients, task = segments(state, 0)
     assert not waits
     state.step(loss, *gradients)
     assert waits == {"tolist": 1}
 
-    assert all(is_cuda(tensor) for tensor in (task.theta, theta, loss, *gradients))
+    assert all(is_cuda(tensor) for tensor in (task.theta, loss, *gradients))
     assert is_cuda(state.image_syn) and is_cuda(state.syn_lr)
 
 

@@ -183,7 +183,7 @@ def test_a_run_ends_with_a_table_of_real_distilled_and_all_images(whole_run):
     assert learned != "0.00001"
     for start in (
         "8 random real images         0.00001",
-        f"8 random real images         {learned}",
+        f"the same, at the learned α   {learned}",
         f"8 distilled images           {learned}",
         "all 56 training images",
     ):

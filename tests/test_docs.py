@@ -72,6 +72,8 @@ def readers_folder(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     for name in ("DATA", "PICTURES"):
         shutil.copytree(tiny_folder, folder / name, ignore=shutil.ignore_patterns("*.pt"))
+    others = shutil.ignore_patterns("run.json")  # which says that they are of all EuroSAT
+    shutil.copytree(ROOT / "results", folder / "results", ignore=others)
     return folder
 
 

@@ -41,7 +41,12 @@ def refuse(run_here, tiny_flags, experts, tmp_path):
         cwd.mkdir()
         usual = [*tiny_flags, "--model=ConvNetW32", f"--buffer_path={tmp_path / 'none'}"]
         if script == DISTILLATION:
-            usual += [f"--buffer_path={experts}", "--max_start_epoch=1", "--expert_epochs=1"]
+            usual += [
+                f"--buffer_path={experts}",
+                "--max_start_epoch=1",
+                "--expert_epochs=1",
+                "--syn_steps=2",
+            ]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -82,6 +87,7 @@ COUNTS = {  # flags that count something, and their scripts
         "--checkpoint_every",
         "--total_steps",
         "--batch_objective",
+        "--segments",
     ],
 }
 NUMBERS = {
@@ -92,7 +98,14 @@ NUMBERS = {
 SWITCHES = {
     BOTH: ["--dsa", "--zca", "--amp", "--compile"],
     (EXPERTS,): ["--decay"],
-    (DISTILLATION,): ["--no_aug", "--texture", "--load_all", "--skip_damaged", "--force_save"],
+    (DISTILLATION,): [
+        "--no_aug",
+        "--texture",
+        "--load_all",
+        "--skip_damaged",
+        "--force_save",
+        "--shard_batch",
+    ],
 }
 NO_COUNTS = {
     "0": "at least 1",
@@ -140,6 +153,7 @@ FLAGS = [  # scripts, flags, what the line must name
         "--objective=loss --total_steps=3 --syn_steps=4",
         ["--total_steps=3", "--syn_steps=4"],
     ),
+    (DISTILLATION, "--shard_batch --unroll=autograd", ["--shard_batch", "--unroll=autograd"]),
     (DISTILLATION, "--unroll=tesla", ["--unroll", "tesla", "adjoint", "autograd"]),
     # data
     (BOTH, "--dataset=MNIST", ["--dataset", "MNIST", "EuroSAT", "ToySAT", "CIFAR100"]),

@@ -28,9 +28,9 @@ from outcomes import (
 
 import compilation
 import files
-import trajectories
 import utils
 from evaluation import Evaluator
+from experts import load_experts
 from preprocessing import Form
 from process import Stopped, stop
 
@@ -382,6 +382,19 @@ def test_out_of_memory_names_the_flags_that_need_less(start, specks_run, tmp_pat
 # Experts
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_training_of_experts_with_a_line(start, specks_experts, tmp_path, number):
+    flags = [*specks_experts, "--num_experts=1", "--train_epochs=5000"]
+    process = start(EXPERTS, *flags, f"--buffer_path={tmp_path / 'buffers'}", cwd=tmp_path)
+    process.wait_for("0 of 1 experts are in")
+    time.sleep(0.3)
+    process.kill(number)
+    assert process.wait() == 128 + number
+    last = process.output().splitlines()[-1]
+    assert f"{EXPERTS}: stopped by {number.name}; the same command starts again" in last
+    assert not hidden(folder_with(tmp_path / "buffers"))
+
+
 def test_experts_killed_before_any_of_their_renames_end_as_if_undisturbed(
     start, finish, specks_experts, specks_folder, specks_buffers, tmp_path
 ):
@@ -454,7 +467,7 @@ def load(buffers):
     """The experts as a distillation draws them."""
     network = utils.initial_network("ConvNetW32", Form(2, 8), utils.make_generator(0), "cpu")
     shapes = [p.shape for p in network.parameters()]
-    return trajectories.load_experts(folder_with(buffers), shapes, None, None, False)
+    return load_experts(folder_with(buffers), shapes, None, None, False)
 
 
 def test_an_expert_that_is_missing_is_trained_again_and_nothing_depends_on_the_order(

@@ -398,12 +398,12 @@ def test_a_page_that_fails_later_does_not_end_the_run(monkeypatch, tmp_path):
 
 def test_the_summary_of_a_run_says_what_it_cost_and_reached(run):
     _, _, state = run
-    summary = wandb_page.run_summary(state.evaluations, 12.5, torch.device("cpu"))
+    summary = wandb_page.run_summary(state.evaluations, 12.5, [None, 2e9, 3e9])
     assert summary["Best_Iteration"] == 1 and summary["Total_Seconds"] == 12.5
     assert summary["Best_Accuracy/MLP"] == pytest.approx(0.6)
     assert summary["Final_Accuracy/MLP"] == pytest.approx(0.4)
     assert summary["Final_Synthetic_LR"] == pytest.approx(0.012)
-    assert 1e8 < summary["Peak_Memory"] <= process.peak_memory(torch.device("cpu"))
+    assert summary["Peak_Memory"] == 3e9  # of the rank that needs most
 
 
 def test_a_picture_is_written_whole_in_the_format_of_its_name(tmp_path):

@@ -14,6 +14,7 @@ from outcomes import folder_with
 import files
 import trajectories
 import utils
+from experts import load_experts
 from networks import get_network
 from process import ReportedError
 
@@ -111,7 +112,7 @@ def test_a_file_without_a_record_has_none(saved):
 def load(folder, **options):
     shapes = [torch.Size([2, 3]), torch.Size([4])]
     options = {"max_files": None, "max_experts": None, "skip_damaged": False} | options
-    return trajectories.load_experts(folder, shapes, **options)
+    return load_experts(folder, shapes, **options)
 
 
 def test_files_of_mtt_which_have_several_experts_and_no_record_are_read_with_a_warning(tmp_path):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from experts import Expert, Experts
 from process import ReportedError
-from trajectories import Expert, Experts
 
 NAME = "replay_buffer_0.pt"
 
@@ -79,6 +79,17 @@ def test_the_shortest_expert_must_be_long_enough_for_the_last_segment(
             experts.check_epochs(max_start_epoch, length)
         with pytest.raises(ReportedError, match="experts of 4 epochs; these have 3"):
             Experts(experts.members[1:]).check_epochs(max_start_epoch, length)
+
+
+@pytest.mark.parametrize("syn_steps, warns", [(4, False), (5, True)])
+def test_a_student_of_more_steps_than_its_experts_have_is_warned_of(syn_steps, warns, recwarn):
+    record = record_of()
+    record["training"]["batch_size"] = 10
+    experts = Experts([expert_of(0, 1, record=record), expert_of(0, 1)])
+    experts.warn_of_few_steps(syn_steps, expert_epochs=2, num_train=11)  # two steps an epoch
+    warned = [str(w.message) for w in recwarn]
+    assert bool(warned) == warns
+    assert all("4 steps" in text and "--batch_train" in text for text in warned)
 
 
 def test_experts_made_otherwise_are_refused_if_that_is_recorded():

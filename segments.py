@@ -1,0 +1,86 @@
+"""The segments of an iteration: drawn, unrolled, and their gradients averaged over all ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import utils
+from objectives import MatchTrajectory, RealLoss
+from process import ReportedError
+from ranks import Ranks
+from utils import Augment
+
+
+@dataclass(frozen=True)
+class Segments:
+    """`segments(state, it)`: the mean loss and gradients of iteration `it`, over S segments.
+
+    The draws of segment s in iteration `it` follow from the seed, `it` and s, so they are the same
+    on any number of ranks. The ranks share out the segments. With `shard_batch`, each rank takes
+    all segments, with a part of every batch.
+    """
+
+    objective: MatchTrajectory | RealLoss
+    unroll: Callable  # an engine of reparam_module.py
+    advance: Callable  # its `advance`
+    augment: Augment  # of synthetic images
+    count: int  # S
+    syn_steps: int  # N
+    batch_syn: int  # synthetic images per step
+    seed: int
+    shard_batch: bool
+    ranks: Ranks
+
+    def __call__(self, state, it):
+        """L (), its gradients w.r.t. `state.synthetic` and α, and the first segment's `Task`.
+
+        L and its gradients are means over all segments, the same on every rank.
+        """
+        numbers = range(self.count)
+        mine = numbers if self.shard_batch else self.ranks.mine(numbers)
+        total, first = None, None
+        for number in mine:
+            task, *values = self.unrolled(state, it, number)
+            first = first or task
+            total = values if total is None else [a + b for a, b in zip(total, values)]
+        if len(mine) > 1:
+            total = [value / len(mine) for value in total]
+        return *self.ranks.mean(total), first
+
+    def unrolled(self, state, it, number):
+        """The `Task` of a segment, its loss and gradients."""
+        # Draw where the student starts, what it should reach, and the batches on its way.
+        random = utils.make_generator("segment", self.seed, it, number)
+        task = self.objective.draw(random)
+        steps = task.steps_before + self.syn_steps
+        count = len(state.label_syn)
+        drawn = utils.draw_batches(count, self.batch_syn, steps, self.augment, random)
+        if self.shard_batch:
+            drawn = [self.augment.part(batch, self.ranks) for batch in drawn]
+        drawn = utils.to_device(drawn, state.image_syn.device)
+        before, batches = drawn[: task.steps_before], drawn[task.steps_before :]
+
+        # Unroll the student, and differentiate the objective at its end.
+        learned = state.synthetic, state.syn_lr
+        theta = self.advance(task.theta, *learned, before)
+        return task, *self.unroll(theta, task.objective, *learned, batches)
+
+
+def check_shares(count, shard_batch, num_syn, batch_syn, size):
+    """Raise ReportedError if `size` ranks cannot share out an iteration's work evenly.
+
+    count               segments of an iteration
+    num_syn, batch_syn  synthetic images, and those of a step
+    """
+    if not shard_batch:
+        if count % size:
+            raise ReportedError(
+                f"--segments={count} cannot be shared out among {size} processes: give a multiple "
+                f"of {size}, or --shard_batch"
+            )
+        return
+    for batch in {batch_syn, num_syn % batch_syn or batch_syn}:
+        if batch % size:
+            raise ReportedError(
+                f"--shard_batch: batches of {batch} synthetic images cannot be split among {size} "
+                f"processes: choose --batch_syn and --ipc so that {size} divides them"
+            )
