@@ -15,7 +15,6 @@ other runs. On two cores of an AMD EPYC, an iteration takes 0.7 seconds.
 """
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,21 +26,18 @@ import process
 import report
 import saved_sets
 import trajectories
-import utils
 from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
 from compilation import Compiler
 from evaluation import EVAL_POOLS, Evaluator
 from experts import Experts, load_experts
 from image_sets import evaluate_real
-from objectives import MatchTrajectory, RealLoss, real_loss
 from preprocessing import Data
 from process import ReportedError
 from ranks import Ranks, join, local_device
 from reparam_module import UNROLLS, ReparamModule
 from runs import finish, open_run, run_settings
-from segments import Segments, check_shares
+from segments import batch_syn_of, check_shares, make_segments
 from state import IMAGE_OPTIMIZERS, State
-from utils import Augment
 
 LABELS = ("hard", "soft", "learned")
 
@@ -240,17 +236,6 @@ def find_experts(args, student):
     return experts
 
 
-def batch_syn_of(args, form):
-    """Synthetic images per step. Raises ReportedError if --batch_syn is more than there are."""
-    num_images = args.ipc * form.num_classes
-    if args.batch_syn and args.batch_syn > num_images:
-        raise ReportedError(
-            f"--batch_syn={args.batch_syn} is more than the {num_images} synthetic images: "
-            "lower it, or raise --ipc"
-        )
-    return args.batch_syn or num_images
-
-
 def settings_of(args, inputs, state):
     """What a run's result depends on: flags, and what follows from the machine and the inputs."""
     return run_settings(args) | {
@@ -268,61 +253,6 @@ def soften(args, inputs, state):
     if logits is None:
         logits = inputs.experts.logits(inputs.student, state.image_syn.detach())
     state.soften(logits, args.lr_labels if args.labels == "learned" else None)
-
-
-def student_augment(args, form, apply=utils.apply_group):
-    """How the student sees the synthetic images."""
-    # Plain augmentation cannot be differentiated.
-    augments = args.dsa and not args.no_aug
-    groups = utils.augment_groups(True, args.dsa_strategy) if augments else ()
-    return Augment(form.im_size, groups, args.canvas_samples if args.texture else 0, apply)
-
-
-def make_unroll(args, inputs, make_batch):
-    """The engine that --unroll names, and its `advance`."""
-    memory = process.activation_memory(args.unroll_memory, inputs.data.train[0].device)
-    compiler, ranks = inputs.compiler, inputs.ranks
-    options = {"mean": lambda tensor: ranks.mean([tensor])[0]} if args.shard_batch else {}
-    engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, memory, **options)
-    return compiler.retrying(engine), compiler.retrying(engine.advance)
-
-
-def make_objective(args, inputs):
-    """What --objective names."""
-    device = inputs.data.train[0].device
-    if args.objective == "trajectory":
-        experts = inputs.experts
-        if args.load_all:  # otherwise each segment is read from disk, 3 MB for ConvNet
-            experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
-        return MatchTrajectory(experts, args.max_start_epoch, args.expert_epochs, device)
-    return RealLoss(
-        model=args.model,
-        data=inputs.data,
-        augment=replace(inputs.evaluator.augment, windows=0),
-        batch=args.batch_objective,
-        total_steps=args.total_steps,
-        syn_steps=args.syn_steps,
-        loss=inputs.compiler.function(real_loss(inputs.student)),
-    )
-
-
-def make_segments(args, inputs, state):
-    """What an iteration computes."""
-    device = inputs.data.train[0].device
-    augment = student_augment(args, inputs.data.form, inputs.compiler.augmentation(device))
-    unroll, advance = make_unroll(args, inputs, state.batch_maker(augment))
-    return Segments(
-        objective=make_objective(args, inputs),
-        unroll=unroll,
-        advance=advance,
-        augment=augment,
-        count=args.segments,
-        syn_steps=args.syn_steps,
-        batch_syn=batch_syn_of(args, inputs.data.form),
-        seed=args.seed,
-        shard_batch=args.shard_batch,
-        ranks=inputs.ranks,
-    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -109,15 +109,20 @@ def clip(images, deviations=2.5):
     return images.clamp(mean - deviations * std, mean + deviations * std)
 
 
-def draw_image(image):
-    """A picture of an image (3, H, W), scaled to its own range."""
-    image = image - image.min()
-    image = image / image.max().clamp(min=1e-8)
+def draw_image(image, pixels=False):
+    """A picture of an image (3, H, W), scaled to its own range.
+
+    With `pixels`, the range is at least [0, 1], so that real images have their true colours.
+    """
+    low, high = image.min(), image.max()
+    if pixels:
+        low, high = low.clamp(max=0), high.clamp(min=1)
+    image = (image - low) / (high - low).clamp(min=1e-8)
     return Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy())
 
 
-def draw_grid(images, labels, title, classes):
-    """A labelled picture of images (B, 3, H, W), each in its own range, in their order.
+def draw_grid(images, labels, title, classes, pixels=False):
+    """A labelled picture of images (B, 3, H, W) in their order, each as `draw_image` scales it.
 
     Rows of ten, or of five for up to ten images. `classes` names the labels (B,). The title says if
     a picture of all images would be too large.
@@ -133,7 +138,7 @@ def draw_grid(images, labels, title, classes):
     shown = min(len(images), rows * columns)
     if shown < len(images):
         title += f", {shown} of {len(images)} images"
-    title += "; each image in its own range"
+    title += "" if pixels else "; each image in its own range"
 
     font = ImageFont.load_default(size=12)
     picture_w = gap + max(columns * cell_w, int(font.getlength(title)))
@@ -141,7 +146,7 @@ def draw_grid(images, labels, title, classes):
     ImageDraw.Draw(picture).text((gap, 6), title, fill="black", font=font)
     for index in range(shown):
         tile = Image.new("RGB", (width * scale, cell_h), "white")  # cuts names that are too long
-        image = draw_image(images[index])
+        image = draw_image(images[index], pixels)
         tile.paste(image.resize((width * scale, height * scale), Image.Resampling.NEAREST))
         name = classes[labels[index]]
         ImageDraw.Draw(tile).text((0, height * scale + 2), name, fill="black", font=font)
@@ -168,7 +173,8 @@ def save_images(run, data, state):
     images = state.image_syn.detach().cpu()
     labels = state.label_syn.cpu()  # of the classes
     pixels = clip(data.to_pixels(images))
-    grid = draw_grid(pixels, labels, f"{run_title(run)}, iteration {it}", data.classes)
+    title = f"{run_title(run)}, iteration {it}"
+    grid = draw_grid(pixels, labels, title, data.classes, pixels=True)
     save_picture(run.folder / f"grid_{it:06d}.png", grid)
     if is_kept(run, state):
         # Bare tensors: images_*.pt and labels_*.pt are what MTT's tools read.

@@ -237,8 +237,8 @@ def classes_of(labels):
 def export_set(folder, images, labels, syn_lr, data: Data):
     """Write a synthetic set for other tools: PNGs in class folders, and dd_ranking.pt.
 
-    The PNGs are for viewing: clipped, each in its own range. DD-Ranking's dictionary has what
-    networks learn from. Raises ReportedError if the folder already has images.
+    The PNGs are for viewing: clipped and scaled. DD-Ranking's dictionary has what networks learn
+    from. Raises ReportedError if the folder already has images.
 
     Every class has a folder, so that `ImageFolder` numbers them alike.
     """
@@ -252,7 +252,7 @@ def export_set(folder, images, labels, syn_lr, data: Data):
         (folder / "images" / name).mkdir(parents=True)
         for number, image in enumerate(pixels[classes == label]):
             path = folder / "images" / name / f"{number:04d}.png"
-            report.save_picture(path, report.draw_image(image))
+            report.save_picture(path, report.draw_image(image, pixels=True))
     content = {"image_tensor": images, "hard_labels": classes, "syn_lr": syn_lr}
     if labels.dim() == 2:
         content["soft_labels"] = labels

@@ -1,12 +1,14 @@
 """The segments of an iteration: drawn, unrolled, and their gradients averaged over all ranks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import process
 import utils
-from objectives import MatchTrajectory, RealLoss
+from objectives import MatchTrajectory, RealLoss, real_loss
 from process import ReportedError
 from ranks import Ranks
+from reparam_module import UNROLLS
 from utils import Augment
 
 
@@ -65,6 +67,21 @@ class Segments:
         return task, *self.unroll(theta, task.objective, *learned, batches)
 
 
+# --------------------------------------------------------------------------------------------------
+# What the flags ask for
+
+
+def batch_syn_of(args, form):
+    """Synthetic images per step. Raises ReportedError if --batch_syn is more than there are."""
+    num_images = args.ipc * form.num_classes
+    if args.batch_syn and args.batch_syn > num_images:
+        raise ReportedError(
+            f"--batch_syn={args.batch_syn} is more than the {num_images} synthetic images: "
+            "lower it, or raise --ipc"
+        )
+    return args.batch_syn or num_images
+
+
 def check_shares(count, shard_batch, num_syn, batch_syn, size):
     """Raise ReportedError if `size` ranks cannot share out an iteration's work evenly.
 
@@ -84,3 +101,58 @@ def check_shares(count, shard_batch, num_syn, batch_syn, size):
                 f"--shard_batch: batches of {batch} synthetic images cannot be split among {size} "
                 f"processes: choose --batch_syn and --ipc so that {size} divides them"
             )
+
+
+def student_augment(args, form, apply=utils.apply_group):
+    """How the student sees the synthetic images."""
+    # Plain augmentation cannot be differentiated.
+    augments = args.dsa and not args.no_aug
+    groups = utils.augment_groups(True, args.dsa_strategy) if augments else ()
+    return Augment(form.im_size, groups, args.canvas_samples if args.texture else 0, apply)
+
+
+def make_unroll(args, inputs, make_batch):
+    """The engine that --unroll names, and its `advance`."""
+    memory = process.activation_memory(args.unroll_memory, inputs.data.train[0].device)
+    compiler, ranks = inputs.compiler, inputs.ranks
+    options = {"mean": lambda tensor: ranks.mean([tensor])[0]} if args.shard_batch else {}
+    engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, memory, **options)
+    return compiler.retrying(engine), compiler.retrying(engine.advance)
+
+
+def make_objective(args, inputs):
+    """What --objective names."""
+    device = inputs.data.train[0].device
+    if args.objective == "trajectory":
+        experts = inputs.experts
+        if args.load_all:  # otherwise each segment is read from disk, 3 MB for ConvNet
+            experts = experts.on_device(args.max_start_epoch + args.expert_epochs, device)
+        return MatchTrajectory(experts, args.max_start_epoch, args.expert_epochs, device)
+    return RealLoss(
+        model=args.model,
+        data=inputs.data,
+        augment=replace(inputs.evaluator.augment, windows=0),
+        batch=args.batch_objective,
+        total_steps=args.total_steps,
+        syn_steps=args.syn_steps,
+        loss=inputs.compiler.function(real_loss(inputs.student)),
+    )
+
+
+def make_segments(args, inputs, state):
+    """What an iteration computes."""
+    device = inputs.data.train[0].device
+    augment = student_augment(args, inputs.data.form, inputs.compiler.augmentation(device))
+    unroll, advance = make_unroll(args, inputs, state.batch_maker(augment))
+    return Segments(
+        objective=make_objective(args, inputs),
+        unroll=unroll,
+        advance=advance,
+        augment=augment,
+        count=args.segments,
+        syn_steps=args.syn_steps,
+        batch_syn=batch_syn_of(args, inputs.data.form),
+        seed=args.seed,
+        shard_batch=args.shard_batch,
+        ranks=inputs.ranks,
+    )

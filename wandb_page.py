@@ -135,12 +135,12 @@ def score_log(rows):
     for network, scores in rows[-1]["scores"].items():
         of_network = (row["scores"][network] for row in rows)
         best = max(of_network, key=lambda scores: scores.selection_accuracy)
-        for prefix, part in (("", "test"), ("Validation_", "val")):
+        for prefix, part in (("", "test"), ("Val_", "val")):
             if values := getattr(scores, part):
                 log[f"{prefix}Accuracy/{network}"] = np.mean(values)
                 log[f"{prefix}Std/{network}"] = np.std(values)
-                log[f"Max_{prefix}Accuracy/{network}"] = np.mean(getattr(best, part))
-                log[f"Max_{prefix}Std/{network}"] = np.std(getattr(best, part))
+        log[f"Max_Accuracy/{network}"] = np.mean(best.test)
+        log[f"Max_Std/{network}"] = np.std(best.test)
     return log
 
 

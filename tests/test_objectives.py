@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import distillation
 import report
+import segments
 import utils
 import wandb_page
 from compilation import FAILURES, Compiler
@@ -308,7 +308,7 @@ def test_an_engine_that_fails_compiled_is_called_once_more(monkeypatch, which):
     inputs = SimpleNamespace(data=make_data(), student=None, compiler=Compiler())
     inputs.ranks = ALONE
     args = Namespace(unroll="adjoint", unroll_memory=0.0, shard_batch=False)
-    function = distillation.make_unroll(args, inputs, None)[which]
+    function = segments.make_unroll(args, inputs, None)[which]
     with pytest.warns(UserWarning, match="failed, continuing without it: Triton failed"):
         assert function() == "done"
 
