@@ -195,8 +195,8 @@ def load_inputs(args):
     """Data, experts and networks, each checked before anything slower is loaded."""
     # Milliseconds: what is known from the flags alone.
     device = process.check_device(local_device(args.device))
-    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     ranks = join(device)
+    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     num_syn = args.ipc * form.num_classes
     check_shares(args.segments, args.shard_batch, num_syn, batch_syn_of(args, form), ranks.size)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))

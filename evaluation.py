@@ -95,7 +95,7 @@ class Evaluator:
         `utils.accuracy`, and whether its parameters are finite.
         """
         form, device = self.data.form, images.device
-        self.line_due.due()  # the first line is to come a minute from now
+        self.line_due.restart()
         generators = [utils.make_generator(*key) for key in keys]
         networks = [utils.initial_network(name, form, random, device) for random in generators]
         forwards = [self.compiler(network) for network in networks]

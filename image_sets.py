@@ -164,8 +164,8 @@ def evaluate_set(args, settings):
     `settings` are the flags that a result depends on.
     """
     device = process.check_device(local_device(args.device))
-    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     ranks = join(device)
+    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
     print(process.describe(device, compiler.amp, ranks.size), flush=True)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
@@ -196,6 +196,8 @@ def evaluate_set(args, settings):
     else:
         evaluator = evaluation.of_real_images(evaluator)
         images, labels = real_set(args, data, compiler)
+        if args.evaluate != "full" and ranks.size > 1:  # rounding may choose and label otherwise
+            images, labels = ranks.from_first((images.cpu(), labels.cpu()))
         title = "training images" if args.evaluate == "full" else f"real images ({args.evaluate})"
         title += ", labelled by the experts" if args.labels == "soft" else ""
     scores = evaluator(images.to(device), labels.to(device), alpha, (args.seed, "saved"))

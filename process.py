@@ -31,6 +31,10 @@ class Stopped(Exception):
     """SIGTERM or SIGINT arrived. Its arguments: the signal's number, and what is saved."""
 
 
+class RankLost(ReportedError):
+    """Another process of this run has ended, so this one cannot continue."""
+
+
 def first_line(error):
     """The first line of an exception's message. System errors lose their numbers."""
     if isinstance(error, OSError) and error.strerror:
@@ -81,9 +85,11 @@ def run_script(main, less_memory):
     finally:
         is_silent = sys.stderr is not stderr
         sys.stderr = stderr  # also for the traceback of unexpected errors
+    if is_silent and code > 128:
+        sys.exit(code)  # rank 0 says what is saved
     if is_silent:
         # Rank 0 reports what happens to all ranks. Then torchrun ends this one before it reports.
-        time.sleep(3)
+        time.sleep(10)
         text = f"rank {os.environ['RANK']}: {text}"
     print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
     sys.exit(code)
@@ -91,7 +97,7 @@ def run_script(main, less_memory):
 
 def is_distributed():
     """Whether torchrun has started several processes, of which this is one."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
 
 
 def silence():
@@ -106,7 +112,8 @@ def silence():
 class Stop:
     """Within `with stop:`, SIGTERM and SIGINT are noted, and `stop.check()` raises `Stopped`.
 
-    A run thus ends between two iterations, not within one. A second signal ends it at once.
+    A run thus ends between two iterations, not within one. A second signal ends it at once, but not
+    under torchrun, which passes on what the processes may have received already.
     """
 
     def __init__(self):
@@ -130,7 +137,13 @@ class Stop:
 
     def note(self, number, frame):
         self.signal = number
-        self.release()
+        if not is_distributed():
+            self.release()
+
+    def end(self):
+        """Let no signal of torchrun's disturb what this process does before it ends."""
+        if is_distributed():
+            self.handlers = dict.fromkeys(self.handlers, signal.SIG_IGN)
 
     def check(self):
         """Raise `Stopped` if a signal has arrived."""
@@ -155,6 +168,9 @@ class Interval:
 
     def __init__(self, seconds):
         self.seconds = seconds
+        self.last = time.monotonic()
+
+    def restart(self):
         self.last = time.monotonic()
 
     def due(self):

@@ -2,11 +2,7 @@
 
 import os
 
-from process import ReportedError, is_distributed, stop
-
-
-class RankLost(ReportedError):
-    """Another rank has ended, so this one cannot continue."""
+from process import is_distributed, stop
 
 
 class Ranks:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,8 @@ import files
 import process
 import report
 import wandb_page
-from process import Interval, ReportedError, Stopped, stop
-from ranks import RankLost, Ranks
+from process import Interval, RankLost, ReportedError, Stopped, stop
+from ranks import Ranks
 
 # --------------------------------------------------------------------------------------------------
 # What a run is, by its flags
@@ -111,32 +111,56 @@ def open_run(args, settings, inputs, state):
         record = None
         if ranks.is_first:
             record = files.start_run(folder, settings, run_flags(args), OBSERVING)
-        state.load(folder / CHECKPOINT, ranks)
+            state.load(folder / CHECKPOINT)
+        agree(ranks, settings, state)
         check_iterations(args, folder, len(state.losses))
         state.resume(args.Iteration, inputs.evaluator)
         dashboard = None  # a finished run logs nothing more, and stays as it is
         if not state.finished:
             dashboard = open_dashboard(args, folder, settings, record)
         run = Run(folder, settings, ranks, dashboard, Interval(60))
-        try:
-            with stop:  # from here on, a signal waits for `ranks.check`
+        with stop:  # from here on, a signal waits for `ranks.check`
+            try:
                 yield run
-        except (Stopped, RankLost) as error:
-            # What changes in an iteration changes at its end, so the state is that of its start.
-            run.save(state)
-            dashboard.finish()
-            saved = f"iteration {len(state.losses)} is saved: the same command resumes there"
-            if isinstance(error, Stopped):
-                raise Stopped(error.args[0], saved) from None
-            raise RankLost(f"{error}; {saved}") from None
+            except (Stopped, RankLost) as error:
+                leave(run, state, error)
+
+
+def leave(run, state, error):
+    """Save a checkpoint, and raise the `error` that ends the run again, which then says so."""
+    if run.ranks.is_first:
+        stop.end()
+    # What changes in an iteration changes at its end, so the state is that of its start.
+    run.save(state)
+    run.dashboard.finish()
+    saved = f"iteration {len(state.losses)} is saved: the same command resumes there"
+    if isinstance(error, Stopped):
+        with suppress(RankLost):
+            run.ranks.gather(None)  # torchrun ends all as soon as one has ended
+        raise Stopped(error.args[0], saved) from None
+    raise RankLost(f"{error}; {saved}") from None
+
+
+def agree(ranks, settings, state):
+    """Give all ranks rank 0's state. Raises ReportedError if they have other settings."""
+    theirs = ranks.from_first(settings)
+    different = [name for name in settings if settings[name] != theirs.get(name)]
+    if different:
+        raise ReportedError(
+            f"{', '.join(different)} differ from those of rank 0: start all processes with the "
+            "same flags, data and experts"
+        )
+    if ranks.size > 1:
+        state.restore(ranks.from_first(state.content() if ranks.is_first else None))
 
 
 def open_dashboard(args, folder, settings, record):
     """The run's page on Weights & Biases; `record` None: another rank has it."""
     if record is None:
         return wandb_page.Dashboard(folder, "Progress", "disabled")
-    if record.settings != settings:
-        files.change_run(folder, record, settings, run_flags(args))
+    flags = run_flags(args)
+    if (record.settings, record.flags) != (settings, flags):
+        files.change_run(folder, record, settings, flags)
     config = settings | {"device": args.device} | process.versions()
     page = {"id": record.wandb_id, "name": folder.name, "config": config}
     return wandb_page.Dashboard(folder, "Progress", **wandb_page.options(args), **page)

@@ -117,6 +117,8 @@ def make_unroll(args, inputs, make_batch):
     compiler, ranks = inputs.compiler, inputs.ranks
     options = {"mean": lambda tensor: ranks.mean([tensor])[0]} if args.shard_batch else {}
     engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, memory, **options)
+    if args.shard_batch and ranks.size > 1:  # a rank that tries again would be out of step
+        return engine, engine.advance
     return compiler.retrying(engine), compiler.retrying(engine.advance)
 
 

@@ -131,55 +131,57 @@ class State:
             self.baselines = [] if seen != wanted and not self.finished else self.baselines
 
     def save(self, path):
-        content = {
+        files.write_tensors(path, self.content())
+
+    def load(self, path):
+        """Restore what `save` wrote, if anything. Raises ReportedError for a damaged file."""
+        try:
+            self.restore(torch.load(path, map_location="cpu", weights_only=True))
+        except FileNotFoundError:
+            pass  # a new run
+        except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
+            raise ReportedError(
+                f"{path} is damaged ({first_line(error)}): remove it, and the run starts from "
+                "scratch"
+            ) from None
+
+    def content(self):
+        """All that changes, as tensors on the CPU, lists and numbers."""
+        tensors = {
             "images": self.image_syn.detach(),
             "labels": self.label_syn,
             "logits": None if self.logits is None else self.logits.detach(),
             "syn_lr": self.syn_lr.detach(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "norms": self.norms,
+        }
+        return {name: None if t is None else t.cpu() for name, t in tensors.items()} | {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "losses": self.losses,
             "evaluations": to_json(self.evaluations.rows),
             "baselines": to_json(self.baselines),
             "seconds": self.seconds,
             "finished": self.finished,
         }
-        files.write_tensors(path, content)
 
     @torch.no_grad()
-    def load(self, path, ranks):
-        """Restore what `save` wrote, if anything, as rank 0 reads it.
-
-        Raises ReportedError for a damaged file.
-        """
-        try:
-            content = None
-            if ranks.is_first and path.exists():
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            content = ranks.from_first(content)
-            if content is None:
-                return  # a new run
-            # Copied in place: the optimisers refer to these tensors.
-            self.image_syn.copy_(content["images"])
-            self.label_syn.copy_(content["labels"])
-            if self.logits is not None:
-                self.logits.copy_(content["logits"])
-            self.syn_lr.copy_(content["syn_lr"])
-            self.alpha = self.syn_lr.item()
-            for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            if content["norms"] is not None:
-                self.norms = content["norms"].to(self.syn_lr.device)
-            self.losses = content["losses"]
-            self.evaluations = Evaluations(from_json(content["evaluations"]))
-            self.baselines = from_json(content["baselines"])
-            self.seconds_before = content["seconds"]
-            self.finished = content["finished"]
-        except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
-            raise ReportedError(
-                f"{path} is damaged ({first_line(error)}): remove it, and the run starts from "
-                "scratch"
-            ) from None
+    def restore(self, content):
+        """Go back to such a content."""
+        # Copied in place: the optimisers refer to these tensors.
+        self.image_syn.copy_(content["images"])
+        self.label_syn.copy_(content["labels"])
+        if self.logits is not None:
+            self.logits.copy_(content["logits"])
+        self.syn_lr.copy_(content["syn_lr"])
+        self.alpha = self.syn_lr.item()
+        for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if content["norms"] is not None:
+            self.norms = content["norms"].to(self.syn_lr.device)
+        self.losses = content["losses"]
+        self.evaluations = Evaluations(from_json(content["evaluations"]))
+        self.baselines = from_json(content["baselines"])
+        self.seconds_before = content["seconds"]
+        self.finished = content["finished"]
 
 
 def first_fault(loss, alpha, finite):

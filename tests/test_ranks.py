@@ -1,15 +1,17 @@
 """Several processes for one run: the same as one, and what happens when one of them ends."""
 
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import pytest
 import torch
-from outcomes import assert_same_experts, folder_of
+from outcomes import assert_same_experts, folder_of, hidden
 from processes import ROOT, Process, context, start_server
 
 import process
@@ -189,13 +191,15 @@ def test_what_can_be_shared_out_is_not_refused():
 class Group:
     """The processes that torchrun would start, without torchrun."""
 
-    def __init__(self, size, *command, cwd, home):
+    def __init__(self, *command, size, cwd, home, last=()):
+        """`last` are further flags of the last rank."""
         port = free_port()
         self.processes = []
         for rank in range(size):
             out = cwd / f"rank_{rank}.txt"
             environment = {"HOME": str(home)} | variables(rank, size, port)
-            each = Process([str(part) for part in command], cwd, out, out, environment)
+            flags = [*command, *(last if rank == size - 1 else [])]
+            each = Process([str(part) for part in flags], cwd, out, out, environment)
             self.processes.append(each)
 
     def wait(self):
@@ -208,7 +212,7 @@ class Group:
 @pytest.fixture
 def group(home):
     start_server({"OMP_NUM_THREADS": "1"})
-    return lambda *command, size, cwd: Group(size, *command, cwd=cwd, home=home)
+    return functools.partial(Group, home=home)
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +265,36 @@ def test_a_rank_that_is_killed_ends_the_others_and_one_process_resumes(
     assert "is saved: the same command resumes there" in last
     assert "Traceback" not in ranks.output(0)
     assert "resuming at iteration" in finish(DISTILLATION, *flags, cwd=tmp_path)
+
+
+def test_a_rank_that_cannot_read_its_data_blames_no_checkpoint(group, shared_run, tmp_path):
+    """Rank 1 names another --data_path: its flags are not rank 0's."""
+    ranks = group(DISTILLATION, *shared_run, size=2, cwd=tmp_path, last=["--data_path=nowhere"])
+    assert ranks.wait() == [2, 2]
+    assert "rank 1: error: --data_path=nowhere" in ranks.output(1)
+    last = ranks.output(0).splitlines()[-1]
+    assert "error: another process of this run has ended" in last
+    assert "damaged" not in ranks.output(0)
+
+
+def test_ranks_of_other_settings_are_refused(group, shared_run, tmp_path):
+    ranks = group(DISTILLATION, *shared_run, size=2, cwd=tmp_path, last=["--lr_img=3"])
+    assert ranks.wait() == [2, 2]
+    assert "rank 1: error: lr_img differ from those of rank 0" in ranks.output(1)
+
+
+def test_more_signals_while_a_checkpoint_is_saved_change_nothing(group, shared_run, tmp_path):
+    """As torchrun sends them to all when one process has ended, or passes them on."""
+    ranks = group(DISTILLATION, *shared_run, "--Iteration=300", size=2, cwd=tmp_path)
+    ranks.processes[0].wait_for("        3 ConvNetW32")
+    for _ in range(3):
+        for each in ranks.processes:
+            each.kill(signal.SIGTERM)
+        time.sleep(0.02)
+    assert ranks.wait() == [128 + signal.SIGTERM] * 2
+    assert "is saved: the same command resumes there" in ranks.output(0).splitlines()[-1]
+    assert ranks.output(1) == ""
+    assert not hidden(folder_of(tmp_path))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
