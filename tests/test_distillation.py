@@ -15,8 +15,8 @@ import compilation
 import datasets
 import process
 import utils
-from distillation import student_augment
 from preprocessing import Form, initial_images
+from segments import student_augment
 from state import first_fault
 
 SCRIPT, EXPERTS_SCRIPT = "distillation.py", "expert_trajectories.py"

@@ -349,9 +349,10 @@ def test_wandb_continues_the_same_run(start, finish, specks_run, tmp_path):
     process.wait_for("        3 ConvNetW32")
     process.kill(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
-    finish(DISTILLATION, *flags, cwd=tmp_path)
+    out = finish(DISTILLATION, *flags, cwd=tmp_path)
     logs = sorted((folder_of(tmp_path) / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(logs) == 2 and len({path.stem for path in logs}) == 1  # named after the run's id
+    assert len(logs) == 2, process.output() + out
+    assert len({path.stem for path in logs}) == 1  # named after the run's id
     assert [row["Progress"] for row in history(folder_of(tmp_path))] == list(range(16))
 
 
