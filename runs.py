@@ -150,8 +150,9 @@ def agree(ranks, settings, state):
             f"{', '.join(different)} differ from those of rank 0: start all processes with the "
             "same flags, data and experts"
         )
-    if ranks.size > 1:
-        state.restore(ranks.from_first(state.content() if ranks.is_first else None))
+    content = ranks.from_first(state.content() if ranks.is_first else None)
+    if not ranks.is_first:
+        state.restore(content)
 
 
 def open_dashboard(args, folder, settings, record):
