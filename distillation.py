@@ -87,7 +87,11 @@ def add_flags(parser):
     add("--texture", boolean, False, "BOOL", "learn canvases, cut random windows; not with --zca")
     add("--canvas_size", count, 2, "IMAGES", "with --texture: side of a canvas")
     add("--canvas_samples", count, 1, "N", "with --texture: windows per canvas in a batch")
+    add_output_flags(parser)
 
+
+def add_output_flags(parser):
+    """Those that say how sets are evaluated, and where results go."""
     add = parser.topic("evaluation")
     pools = "S: the model itself; A: ConvNet, MLP, ResNet18; R, M, C: itself and ResNet18, MLP, "
     pools += "ConvNet; W, D, P, N: ConvNet's widths, depths, poolings, normalisations"
