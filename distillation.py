@@ -82,6 +82,8 @@ def add_flags(parser):
     add("--pix_init", image_sets.pix_init, "real", "real|noise|SET", starts)
     kinds = "hard: classes; soft: the experts' probabilities; learned: soft, then learned"
     add("--labels", choice(LABELS), "hard", "|".join(LABELS), kinds)
+    epochs = "epoch of the experts whose probabilities are the labels (default: their last)"
+    add("--label_epoch", count, None, "EPOCH", epochs)
     add("--lr_labels", not_negative, 5.0, "RATE", "learning rate of learned labels (logits)")
     add("--no_aug", boolean, False, "BOOL", "no augmentation during distillation")
     add("--texture", boolean, False, "BOOL", "learn canvases, cut random windows; not with --zca")
@@ -151,6 +153,9 @@ def parse_args():
     if args.labels != "hard" and args.texture:
         reason = "experts do not take canvases: leave one out"
         parser.error(f"--labels={args.labels} and --texture cannot be combined: {reason}")
+    if args.labels == "hard" and args.label_epoch:
+        reason = "hard labels are the classes: add --labels=soft or learned"
+        parser.error(f"--label_epoch={args.label_epoch}: {reason}")
     if args.shard_batch and args.unroll == "autograd":
         parser.error("--shard_batch and --unroll=autograd cannot be combined: leave one out")
     if args.zca and args.texture:
@@ -172,11 +177,12 @@ def check_commands(parser, given):
     if what == "":
         names = ", ".join(image_sets.REAL_SETS)
         parser.error(f"--evaluate='' names nothing: give a run's folder, images_*.pt, {names}")
-    if what and "labels" in given:
-        if image_sets.is_saved(what):
-            parser.error(f"--labels={given['labels']}: a saved set has its labels: leave it out")
-        if given["labels"] == "learned":
-            parser.error(f"--labels=learned: nothing is learned of --evaluate={what}: hard or soft")
+    if image_sets.is_saved(what):
+        for name in ("labels", "label_epoch"):
+            if name in given:
+                parser.error(f"--{name}={given[name]}: a saved set has its labels: leave it out")
+    elif what and given.get("labels") == "learned":
+        parser.error(f"--labels=learned: nothing is learned of --evaluate={what}: hard or soft")
     if "export" in given and not image_sets.is_saved(what):
         parser.error("--export needs --evaluate with a saved set")
 
@@ -233,6 +239,7 @@ def find_experts(args, student):
         folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
     )
     experts.check_settings({"val_fraction": args.val_fraction})
+    experts.check_label_epoch(args.label_epoch)
     if args.objective == "trajectory":
         segments = args.max_start_epoch, args.expert_epochs
         experts.check_epochs(*segments)
@@ -254,8 +261,9 @@ def settings_of(args, inputs, state):
 def soften(args, inputs, state):
     """Give the images soft labels: those of the set they start from, or the experts'."""
     logits = state.logits
-    if logits is None:
-        logits = inputs.experts.logits(inputs.student, state.image_syn.detach())
+    if logits is None or args.label_epoch:
+        images = state.image_syn.detach()
+        logits = inputs.experts.logits(inputs.student, images, args.label_epoch)
     state.soften(logits, args.lr_labels if args.labels == "learned" else None)
 
 

@@ -79,6 +79,15 @@ class Experts:
                 f"{epochs}: lower one of them, or train experts with more --train_epochs"
             )
 
+    def check_label_epoch(self, epoch):
+        """Raise ReportedError if an expert ends before this epoch; None: each expert's last."""
+        last = min(len(expert.trajectory) for expert in self.members) - 1
+        if epoch and epoch > last:
+            raise ReportedError(
+                f"--label_epoch={epoch} is beyond the experts' {last} epochs: lower it, or train "
+                "experts with more --train_epochs"
+            )
+
     def warn_of_few_steps(self, syn_steps, expert_epochs, num_train):
         """Warn if a student takes more steps than the experts that it follows, of `num_train`."""
         recorded = [expert.record for expert in self.members if expert.record]
@@ -111,20 +120,23 @@ class Experts:
         return Experts(moved)
 
     @torch.no_grad()
-    def logits(self, student, images):
-        """The mean logits (B, classes) of all experts at their last epochs, on images (B, 3, H, H).
+    def logits(self, student, images, epoch=None):
+        """The mean logits (B, classes) of all experts, on images (B, 3, H, H).
 
-        `student` is a `ReparamModule` of their network.
+        student  a `ReparamModule` of their network
+        epoch    after which they are asked; None: each after its last. With few images, those of
+                 early epochs teach more (Qin et al. 2024, arXiv 2406.10485).
         """
-        thetas = [flat(expert.trajectory[-1]).to(images.device) for expert in self.members]
+        asked = -1 if epoch is None else epoch
+        thetas = [flat(expert.trajectory[asked]).to(images.device) for expert in self.members]
         means = []
         for x in images.split(FORWARD_BATCH):
             means.append(torch.stack([student(x, theta) for theta in thetas]).mean(0))
         logits = torch.cat(means)
         if not logits.isfinite().all():
             raise ReportedError(
-                "the experts' labels are not finite: one diverged by its last epoch. Leave it "
-                "out (--max_files), or use --labels=hard"
+                "the experts' labels are not finite: one diverged. Leave it out (--max_files), "
+                "lower --label_epoch, or use --labels=hard"
             )
         return logits
 

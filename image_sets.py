@@ -100,6 +100,7 @@ def real_set(args, data, compiler):
             folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
         )
         experts.check_settings(data.settings | {"model": args.model})
+        experts.check_label_epoch(args.label_epoch)
     if what == "full":
         images, labels = data.train
     elif what == "random":
@@ -108,7 +109,7 @@ def real_set(args, data, compiler):
         features = partial(experts.features, student)
         images, labels = coreset(data, args.ipc, CORESETS[what], features)
     if args.labels == "soft":
-        logits = experts.logits(student, images.flatten(0, -4))
+        logits = experts.logits(student, images.flatten(0, -4), args.label_epoch)
         labels = logits.softmax(1).unflatten(0, labels.shape)
     return images, labels
 

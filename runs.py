@@ -33,8 +33,11 @@ def run_settings(args):
         left_out |= {"dsa_strategy"}
     if not args.texture:
         left_out |= {"canvas_size", "canvas_samples"}
-    if args.segments == 1:  # which earlier versions did not know
+    # What earlier versions did not know.
+    if args.segments == 1:
         left_out |= {"segments"}
+    if args.label_epoch is None:
+        left_out |= {"label_epoch"}
     if args.objective == "trajectory":
         left_out |= {"total_steps", "batch_objective"}
     else:

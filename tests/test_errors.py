@@ -88,6 +88,7 @@ COUNTS = {  # flags that count something, and their scripts
         "--total_steps",
         "--batch_objective",
         "--segments",
+        "--label_epoch",
     ],
 }
 NUMBERS = {
@@ -202,6 +203,11 @@ FLAGS = [  # scripts, flags, what the line must name
         "--max_start_epoch=3 --expert_epochs=2",
         ["--max_start_epoch=3", "--expert_epochs=2", "4 epochs", "have 3", "--train_epochs"],
     ),
+    (
+        DISTILLATION,
+        "--labels=soft --label_epoch=4",
+        ["--label_epoch=4", "experts' 3 epochs", "--train_epochs"],
+    ),
     # evaluation
     (DISTILLATION, "--eval_mode=Z", ["--eval_mode", "Z", "choose from"]),
     (
@@ -229,6 +235,9 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, f"--evaluate={__file__}", ["--evaluate", "cannot be read"]),
     (DISTILLATION, "--evaluate=random --labels=learned", ["--labels=learned", "hard or soft"]),
     (DISTILLATION, "--evaluate=nowhere --labels=hard", ["--labels=hard", "leave it out"]),
+    (DISTILLATION, "--evaluate=nowhere --label_epoch=2", ["--label_epoch=2", "leave it out"]),
+    (DISTILLATION, "--label_epoch=2", ["--label_epoch=2", "--labels=soft"]),
+    (DISTILLATION, "--evaluate=random --label_epoch=2", ["--label_epoch=2", "--labels=soft"]),
     (DISTILLATION, "--evaluate=random --ipc=100", ["--ipc=100", "training images", "lower it"]),
     # pairs that contradict each other
     (DISTILLATION, "--resume=nowhere --evaluate=random", ["--resume", "--evaluate", "leave one"]),

@@ -439,11 +439,12 @@ def test_real_images_are_chosen_and_labelled_by_experts(
         (["--evaluate=elsewhere", "--labels=soft"], "--labels=soft: a saved set has its labels"),
         (["--evaluate=herding"], "train experts first"),
         (["--evaluate=random", "--labels=soft"], "train experts first"),
+        (["--evaluate=random", "--labels=soft", "--label_epoch=99"], "--label_epoch=99 is beyond"),
         (["--evaluate=herding", "--ipc=1000"], "--ipc=1000 is more than the 16 training images"),
     ],
 )
 def test_sets_that_cannot_be_had_are_refused(refuse, flags, saved, tmp_path, given, part):
-    buffers = saved.parents[2] if "--ipc=1000" in given else tmp_path / "none"
+    buffers = tmp_path / "none" if part == "train experts first" else saved.parents[2]
     refuse(part, *flags, *given, f"--buffer_path={buffers}")
 
 

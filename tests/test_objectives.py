@@ -261,14 +261,15 @@ def test_adam_moves_each_pixel_by_its_rate():
 
 def test_labels_start_as_the_experts_see_them_and_are_learned_where_they_are_to_be():
     student = make_student()
-    thetas = [torch.randn(student.num_params, generator=seeded(k)).double() for k in range(2)]
+    thetas = [torch.randn(student.num_params, generator=seeded(k)).double() for k in range(4)]
     parts = [[p.view(s) for p, s in zip(t.split(student.sizes), student.shapes)] for t in thetas]
-    experts = Experts([Expert([part], "expert", None) for part in parts])
+    experts = Experts([Expert(epochs, "expert", None) for epochs in (parts[:2], parts[2:])])
     state = make_state()
     images = state.image_syn.detach().double()
-    logits = experts.logits(student, images)
-    expected = sum(student(images, theta) for theta in thetas) / 2
-    torch.testing.assert_close(logits, expected)
+    for epoch, asked in ((0, thetas[::2]), (1, thetas[1::2]), (None, thetas[1::2])):
+        logits = experts.logits(student, images, epoch)
+        expected = sum(student(images, theta) for theta in asked) / 2
+        torch.testing.assert_close(logits, expected)
 
     state.soften(logits.float(), None)
     assert state.synthetic == (state.image_syn,)
@@ -351,6 +352,13 @@ def test_soft_labels_are_saved_evaluated_and_exported(run_here, specks_run, tmp_
     assert first.dtype == torch.float32 and first.dim() == 2
     torch.testing.assert_close(first.sum(1), torch.ones(len(first)))
     assert torch.equal(first, last) == (kind == "soft")
+
+    # The labels of another epoch are others, even for images that have labels.
+    again = [f"--pix_init={folder}", "--label_epoch=1", "--run_name=again", "--Iteration=0"]
+    done = run_here("distillation.py", *flags, *again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (other,) = tmp_path.glob("logged_files/*/again/labels_0.pt")
+    assert not torch.allclose(torch.load(other, weights_only=True), last)
 
     evaluate = [flag for flag in specks_run if not flag.startswith(("--run_name", "--log_dir"))]
     evaluate += [f"--evaluate={folder / 'images_2.pt'}"]
