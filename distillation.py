@@ -26,7 +26,19 @@ import process
 import report
 import saved_sets
 import trajectories
-from cli import Parser, boolean, choice, count, folder_name, folder_path, not_negative, number
+import utils
+from cli import (
+    Parser,
+    boolean,
+    choice,
+    count,
+    folder_name,
+    folder_path,
+    fraction,
+    not_negative,
+    number,
+    positive,
+)
 from compilation import Compiler
 from evaluation import EVAL_POOLS, Evaluator
 from experts import Experts, load_experts
@@ -37,7 +49,7 @@ from ranks import Ranks, join, local_device
 from reparam_module import UNROLLS, ReparamModule
 from runs import finish, open_run, run_settings
 from segments import batch_syn_of, check_shares, make_segments
-from state import IMAGE_OPTIMIZERS, State
+from state import IMAGE_OPTIMIZERS, STEP_SIZE_OPTIMIZERS, State
 
 LABELS = ("hard", "soft", "learned")
 
@@ -62,7 +74,17 @@ def add_flags(parser):
     add("--optimizer_img", choice(IMAGE_OPTIMIZERS), "sgd", "sgd|adam", "optimiser of the images")
     rates = "learning rate of the images (default: 1000, with adam 0.01)"
     add("--lr_img", not_negative, None, "RATE", rates)
-    add("--lr_lr", not_negative, 1e-5, "RATE", "learning rate of the step size α")
+    logs = "optimiser of the step size α: sgd, or Adam on log α, which keeps α positive"
+    add("--optimizer_lr", choice(STEP_SIZE_OPTIMIZERS), "sgd", "sgd|log_adam", logs)
+    rates = "learning rate of the step size α (default: 1e-5, with log_adam 0.01)"
+    add("--lr_lr", not_negative, None, "RATE", rates)
+    means = "decay of running means of all that is learned, which are evaluated and saved; 0: none"
+    add("--ema", fraction, 0.0, "[0,1)", means)
+    add("--clip", boolean, None, "BOOL", "clip each gradient at twice its running norm")
+    skips = "skip updates by iterations whose objective is above this (default: none)"
+    add("--max_loss", positive, None, "LOSS", skips)
+    tiles = "synthetic images hold F × F tiles, each enlarged to an image of its own"
+    add("--factor", number(int, 1, below=65), 1, "F", tiles)
     add("--expert_epochs", count, 3, "M", "expert epochs that the student must match")
     add("--syn_steps", count, 20, "N", "differentiated steps on the synthetic images")
     window = "with loss: total steps, of which a random window of N is differentiated (default: N)"
@@ -142,11 +164,27 @@ def parse_args():
             saved["lr_teacher"] = alpha
     elif what == "full":
         saved = {"epoch_eval_train": 50}  # of real images, an epoch has far more steps
-    args = parser.complete(preset, saved, given)
+    args = completed(parser, preset, saved, given)
+    check_combinations(parser, args)
+    return args
+
+
+def completed(parser, *layers):
+    """All flags, with the defaults that depend on others."""
+    args = parser.complete(*layers)
     if args.lr_img is None:
-        args.lr_img = {"sgd": 1000.0, "adam": 0.01}[args.optimizer_img]
+        args.lr_img = IMAGE_OPTIMIZERS[args.optimizer_img].rate
+    if args.lr_lr is None:
+        args.lr_lr = STEP_SIZE_OPTIMIZERS[args.optimizer_lr].rate
+    if args.clip is None:
+        args.clip = args.objective == "loss"
     if args.total_steps is None:
         args.total_steps = args.syn_steps
+    return args
+
+
+def check_combinations(parser, args):
+    """Refuse flags that cannot be combined."""
     if args.total_steps < args.syn_steps:
         reason = f"lower than --syn_steps={args.syn_steps}, which are part of them"
         parser.error(f"--total_steps={args.total_steps} is {reason}")
@@ -158,10 +196,13 @@ def parse_args():
         parser.error(f"--label_epoch={args.label_epoch}: {reason}")
     if args.shard_batch and args.unroll == "autograd":
         parser.error("--shard_batch and --unroll=autograd cannot be combined: leave one out")
+    for name in ("texture", "zca"):
+        if args.factor > 1 and getattr(args, name):
+            reason = "tiles are parts of plain images: leave one out"
+            parser.error(f"--factor={args.factor} and --{name} cannot be combined: {reason}")
     if args.zca and args.texture:
         reason = "whitening is fitted to whole images: leave one out"
         parser.error(f"--zca and --texture cannot be combined: {reason}")
-    return args
 
 
 def check_commands(parser, given):
@@ -208,6 +249,11 @@ def load_inputs(args):
     ranks = join(device)
     form = datasets.form_of(args.dataset, args.data_path, args.im_size)
     num_syn = args.ipc * form.num_classes
+    if form.im_size % args.factor:
+        raise ReportedError(
+            f"--factor={args.factor}: images of {form.im_size} pixels a side cannot be cut into "
+            "that many tiles: choose a divisor"
+        )
     check_shares(args.segments, args.shard_batch, num_syn, batch_syn_of(args, form), ranks.size)
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
     student = evaluation.make_student(args.model, form, compiler.amp, device)
@@ -225,7 +271,7 @@ def load_inputs(args):
     )
     if args.objective == "trajectory":
         experts.warn_of_few_steps(args.syn_steps, args.expert_epochs, len(data.train[1]))
-    real_sets = image_sets.random_real_sets(data, args.ipc, args.num_eval, args.seed)
+    real_sets = image_sets.random_real_sets(data, args.ipc, args.num_eval, args.seed, args.factor)
     evaluator = evaluation.make_evaluator(args, data, pool, compiler, ranks)
     return Inputs(data, experts, student, real_sets, evaluator, compiler, ranks)
 
@@ -262,7 +308,7 @@ def soften(args, inputs, state):
     """Give the images soft labels: those of the set they start from, or the experts'."""
     logits = state.logits
     if logits is None or args.label_epoch:
-        images = state.image_syn.detach()
+        images = utils.decode(state.images, args.factor)
         logits = inputs.experts.logits(inputs.student, images, args.label_epoch)
     state.soften(logits, args.lr_labels if args.labels == "learned" else None)
 
@@ -303,8 +349,7 @@ def main():
             # Evaluate before the update, as MTT does. Iteration 0 evaluates the initial images.
             due = it % args.eval_it == 0 or it == args.Iteration
             if due and not state.evaluations.has(it, evaluator.pool.keys()):  # as after a kill
-                images = state.image_syn.detach()
-                scores = evaluator(images, state.labels, alpha, (args.seed, it))
+                scores = evaluator(state.images, state.labels, alpha, (args.seed, it))
                 state.evaluations.add(scores, alpha, state.losses, state.seconds, evaluator.epochs)
                 log |= run.record(inputs, state, args.force_save)
             run.dashboard.log(log, step=it)
@@ -316,10 +361,10 @@ def main():
 
             # Unroll students on the synthetic images, and differentiate what they reach.
             begin = time.perf_counter()
-            loss, *gradients, task = segments(state, it)
+            loss, gradients, task = segments(state, it)
 
             # Follow the gradients. α may stop being positive, MTT's most common failure.
-            fault = state.step(loss, *gradients)
+            fault = state.step(loss, gradients)
             loss = state.losses[-1]
             if fault:
                 where = f"({task.source}, {segments.objective.name} {loss:.4g})"
@@ -328,7 +373,8 @@ def main():
             seconds = time.perf_counter() - begin
             log = {segments.objective.log_key: loss, **task.log, "Seconds": seconds}
             run.dashboard.log(log, step=it)
-            status = f"loss {loss:.4f}, α {alpha:.5f}, best {state.evaluations.best_accuracy:.1%}"
+            best = state.evaluations.best_accuracy
+            status = f"loss {loss:.4f}, α {state.current_alpha:.5f}, best {best:.1%}"
             bar.set_postfix_str(status, refresh=False)
             if line_due.due():  # for logs, where there is no bar
                 process.log_line(f"iteration {it + 1} of {args.Iteration}: {status}")

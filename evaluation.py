@@ -66,7 +66,8 @@ class Evaluator:
         """Scores by the network's name.
 
         images  (N, 3, H, H), or (num_eval, N, 3, H, H), a set for each network
-        labels  classes (N,), or probabilities (N, classes); with a set for each, (num_eval, ...)
+        labels  classes (n,), or probabilities (n, classes) of the n images or, with a `factor`,
+                tiles; with a set for each network, (num_eval, ...)
         syn_lr  α, the learning rate to train with
         key     seeds all that is random: initial weights, order of the images, augmentation
         """
@@ -100,7 +101,7 @@ class Evaluator:
         networks = [utils.initial_network(name, form, random, device) for random in generators]
         forwards = [self.compiler(network) for network in networks]
         # Such a small batch leaves most of a GPU, or of a processor's cores, idle.
-        batch = min(images.shape[1], self.batch_train) * (self.augment.windows or 1)
+        batch = min(labels.shape[1], self.batch_train) * (self.augment.windows or 1)
         is_small = batch <= 64
         if is_small and self.pool[name]:
             train = images, labels
@@ -137,7 +138,7 @@ class Evaluator:
         optimizer = fresh_sgd(network, syn_lr)
         for epoch in range(self.epochs + 1):
             stop.check()
-            batches = self.draw_epoch(train[0], generator)
+            batches = self.draw_epoch(train[1], generator)
             utils.train_epoch(forward, optimizer, train, self.augment, batches)
             if epoch == self.epochs // 2 + 1:
                 optimizer = fresh_sgd(network, syn_lr * 0.1)
@@ -157,7 +158,7 @@ class Evaluator:
         name = f"evaluation, {len(networks)} networks"
         for epoch in process.progress(range(self.epochs + 1), desc=name, unit="epochs"):
             stop.check()
-            of_networks = [self.draw_epoch(x, g) for x, g in zip(images, generators)]
+            of_networks = [self.draw_epoch(y, g) for y, g in zip(labels, generators)]
             for batches in zip(*of_networks):
                 made = [self.augment(x, batch, y) for x, batch, y in zip(images, batches, labels)]
                 x, y = (torch.stack(part) for part in zip(*made))
@@ -174,10 +175,10 @@ class Evaluator:
         if self.line_due.due():
             process.log_line(f"evaluation: epoch {epoch + 1} of {self.epochs + 1}")
 
-    def draw_epoch(self, images, generator):
-        """The batches of an epoch on images (N, 3, H, H)."""
-        batches = utils.draw_batches(len(images), self.batch_train, None, self.augment, generator)
-        return utils.to_device(batches, images.device)
+    def draw_epoch(self, labels, generator):
+        """The batches of an epoch on images with these labels (n, ...)."""
+        batches = utils.draw_batches(len(labels), self.batch_train, None, self.augment, generator)
+        return utils.to_device(batches, labels.device)
 
 
 def make_evaluator(args, data, pool, compiler, ranks):
@@ -192,7 +193,7 @@ def make_evaluator(args, data, pool, compiler, ranks):
         epochs=args.epoch_eval_train,
         batch_train=args.batch_train,
         batch_real=args.batch_real,
-        augment=Augment(data.form.im_size, groups, windows, apply),
+        augment=Augment(data.form.im_size, groups, windows, args.factor, apply),
         compiler=compiler,
         ranks=ranks,
     )

@@ -17,7 +17,7 @@ import trajectories
 import utils
 from compilation import Compiler
 from experts import load_experts
-from preprocessing import initial_images, members_of, random_real
+from preprocessing import initial_images, members_of, real_tiles
 from process import ReportedError
 from ranks import join, local_device
 from saved_sets import check_set, expanded, export_set, load_set, saved_folder
@@ -27,10 +27,10 @@ from scores import to_json
 # Real images
 
 
-def random_real_sets(data, ipc, count, seed):
-    """`count` draws of `random_real`: images (count, N, 3, H, H) and labels (count, N)."""
+def random_real_sets(data, ipc, count, seed, factor=1):
+    """`count` draws of `real_tiles`: images (count, N, 3, H, H) and labels (count, n)."""
     generators = (utils.make_generator("random real", seed, k) for k in range(count))
-    draws = (random_real(data, ipc, generator) for generator in generators)
+    draws = (real_tiles(data, ipc, factor, generator) for generator in generators)
     return tuple(torch.stack(parts) for parts in zip(*draws))
 
 
@@ -104,12 +104,13 @@ def real_set(args, data, compiler):
     if what == "full":
         images, labels = data.train
     elif what == "random":
-        images, labels = random_real_sets(data, args.ipc, args.num_eval, args.seed)
+        images, labels = random_real_sets(data, args.ipc, args.num_eval, args.seed, args.factor)
     else:
         features = partial(experts.features, student)
         images, labels = coreset(data, args.ipc, CORESETS[what], features)
     if args.labels == "soft":
-        logits = experts.logits(student, images.flatten(0, -4), args.label_epoch)
+        seen = utils.decode(images.flatten(0, -4), args.factor)
+        logits = experts.logits(student, seen, args.label_epoch)
         labels = logits.softmax(1).unflatten(0, labels.shape)
     return images, labels
 
@@ -136,9 +137,13 @@ def initial_set(args, data, generator):
     canvas_size = args.canvas_size if args.texture else 1
     start = args.pix_init
     if not isinstance(start, Path):
-        images, labels = initial_images(data, args.ipc, start, canvas_size, generator)
+        if start == "real" and args.factor > 1:
+            images, labels = real_tiles(data, args.ipc, args.factor, generator)
+        else:
+            images, labels = initial_images(data, args.ipc, start, canvas_size, generator)
+            labels = labels.repeat_interleave(args.factor**2)
         return images, labels, start
-    images, labels = load_set(start, data.form, "--pix_init")
+    images, labels = load_set(start, data.form, args.factor, "--pix_init")
     check_set(start, images, args.texture, data.settings, data.form, "--pix_init")
     shape = (args.ipc * data.form.num_classes, 3, *2 * [canvas_size * data.form.im_size])
     if images.shape != shape:
@@ -170,7 +175,9 @@ def evaluate_set(args, settings):
     compiler = Compiler(args.compile, process.check_amp(args.amp, device))
     print(process.describe(device, compiler.amp, ranks.size), flush=True)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
-    saved = load_set(args.evaluate, form, "--evaluate") if is_saved(args.evaluate) else None
+    saved = None
+    if is_saved(args.evaluate):
+        saved = load_set(args.evaluate, form, args.factor, "--evaluate")
     alpha = args.lr_teacher
     if alpha is None:
         raise ReportedError(
@@ -190,7 +197,7 @@ def evaluate_set(args, settings):
         images, labels = saved
         if args.export:
             if ranks.is_first:
-                export_set(args.export, images, labels, alpha, data)
+                export_set(args.export, utils.decode(images, args.factor), labels, alpha, data)
             print(f"{len(images)} images exported to {args.export}")
             return
         title = f"images of {args.evaluate}"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import kornia
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from process import ReportedError
 
@@ -67,6 +68,17 @@ def random_real(data, ipc, generator):
         chosen.append(members[torch.randperm(len(members), generator=generator)[:ipc]])
     chosen = torch.cat(chosen).to(images.device)
     return images[chosen], labels[chosen]
+
+
+def real_tiles(data, ipc, factor, generator):
+    """Images (ipc * classes, 3, H, H) of factor × factor random real ones each, and labels.
+
+    The real images are shrunk into tiles of H / factor pixels a side. Labels are those of the
+    tiles, (ipc * factor² * classes,).
+    """
+    canvases, labels = initial_images(data, ipc, "real", factor, generator)
+    images = F.interpolate(canvases, size=data.form.im_size, mode="area")
+    return images, labels.repeat_interleave(factor**2).to(images.device)
 
 
 def initial_images(data: Data, ipc, pix_init, canvas_size, generator):

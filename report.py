@@ -1,6 +1,7 @@
 """How a run is shown: tables, pictures, curves."""
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
@@ -45,9 +46,9 @@ def opening(run, inputs, state):
     it = len(state.losses)
     if state.finished:
         return f"finished before, at iteration {it}; to start from scratch, remove {run.folder}"
-    images, experts = len(state.label_syn), len(inputs.experts.members)
+    experts = len(inputs.experts.members)
     lines = [
-        f"synthetic images: {images}, experts: {experts}; results in {run.folder}",
+        f"synthetic images: {len(state.images)}, experts: {experts}; results in {run.folder}",
         run.dashboard.where_to_look(),
     ]
     if state.seconds_before:
@@ -59,16 +60,19 @@ def closing_table(run, inputs, state):
     """What networks learn from real images, from the distilled ones, and from all real ones."""
     best = state.evaluations.best
     rows = [("trained on", "α", "network", f"{'validation':^16}   {'test':^16}")]
-    count = len(state.label_syn)
-    kinds = [f"{count} random real images", "the same, at the learned α"][: len(state.baselines)]
-    rows_of = zip([*kinds, f"{count} distilled images"], [*state.baselines, best])
+    count = len(state.images)
+    of_tiles = f" of {tiles} tiles" if (tiles := len(state.label_syn) // count) > 1 else ""
+    kinds = [f"{count} random real images{of_tiles}", "the same, at the learned α"]
+    kinds = [*kinds[: len(state.baselines)], f"{count} distilled images{of_tiles}"]
+    rows_of = zip(kinds, [*state.baselines, best])
     for images, row in rows_of:
         for network, scores in row["scores"].items():
             rows.append((images, f"{row['syn_lr']:.5f}", network, scores))
     if accuracies := inputs.experts.test_accuracies:
         images = f"all {len(inputs.data.train[1])} training images"
         rows.append((images, "", "(experts)", f"{'':16}   {spread(accuracies)}"))
-    lines = [f"{images:27} {alpha:>8}   {network:12} {s}" for images, alpha, network, s in rows]
+    width = max(27, *(len(images) for images, *_ in rows))
+    lines = [f"{row[0]:{width}} {row[1]:>8}   {row[2]:12} {row[3]}" for row in rows]
     names = "images_best.pt, curves.png, animation.gif, results.json, ..."
     return "\n".join(
         ["", f"Best iteration: {best['iteration']}", *lines, f"Files: {run.folder} ({names})"]
@@ -87,7 +91,7 @@ def save_results(run, inputs, state):
         "data": inputs.data.settings,
         "experts": len(inputs.experts.members),
         "versions": process.versions(),
-        "device": process.describe(state.syn_lr.device, run.settings["amp"]),
+        "device": process.describe(state.label_syn.device, run.settings["amp"]),
         "best_iteration": state.evaluations.best["iteration"],
         "evaluations": to_json(state.evaluations.rows),
         "random_real": to_json(state.baselines),
@@ -170,15 +174,15 @@ def run_title(run):
 def save_images(run, data, state):
     """Save a picture of the synthetic images and, if `is_kept`, their tensors."""
     it = len(state.losses)
-    images = state.image_syn.detach().cpu()
-    labels = state.label_syn.cpu()  # of the classes
+    images = state.images.cpu()
+    labels = classes_in_order(images, state)
     pixels = clip(data.to_pixels(images))
     title = f"{run_title(run)}, iteration {it}"
     grid = draw_grid(pixels, labels, title, data.classes, pixels=True)
     save_picture(run.folder / f"grid_{it:06d}.png", grid)
     if is_kept(run, state):
         # Bare tensors: images_*.pt and labels_*.pt are what MTT's tools read.
-        syn_lr = state.syn_lr.detach().cpu()
+        syn_lr = torch.tensor(state.alpha)
         tensors = {"images": images, "labels": state.labels.cpu(), "syn_lr": syn_lr}
         if data.zca:
             tensors["images_zca"] = data.to_pixels(images)
@@ -186,6 +190,11 @@ def save_images(run, data, state):
         for name, tensor in tensors.items():
             for tag in tags:
                 files.write_tensors(run.folder / f"{name}_{tag}.pt", tensor.clone())
+
+
+def classes_in_order(images, state):
+    """The class of each image (K,), from those of its tiles."""
+    return state.label_syn[:: len(state.label_syn) // len(images)].cpu()
 
 
 def is_kept(run, state):

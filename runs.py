@@ -36,6 +36,8 @@ def run_settings(args):
     # What earlier versions did not know.
     if args.segments == 1:
         left_out |= {"segments"}
+    if args.factor == 1:
+        left_out |= {"factor"}
     if args.label_epoch is None:
         left_out |= {"label_epoch"}
     if args.objective == "trajectory":
@@ -182,7 +184,7 @@ def check_iterations(args, folder, done):
 def finish(run, inputs, state):
     """Save everything in the run's folder, then mark the run as finished."""
     stop.release()  # a signal ends the process at once, and the next start does the rest
-    memory = run.ranks.gather(process.peak_memory(state.syn_lr.device))
+    memory = run.ranks.gather(process.peak_memory(state.label_syn.device))
     if not run.ranks.is_first:
         return
     report.save_results(run, inputs, state)

@@ -122,10 +122,11 @@ def saved_step_size(what, flag):
     return alpha
 
 
-def load_set(what, form, flag):
+def load_set(what, form, factor, flag):
     """Images (N, 3, H, H) float32, and labels, of a saved set: classes, or probabilities.
 
-    Raises ReportedError if they are missing, or do not fit this `datasets.Form`.
+    Labels are those of the factor² tiles of each image. Raises ReportedError if they are missing,
+    or do not fit this `datasets.Form`.
     """
     found = find_set(what, flag)
     for name, part in (("images", found.images), ("labels", found.labels)):
@@ -135,7 +136,16 @@ def load_set(what, form, flag):
                 f"labels_*.pt beside it, dd_ranking.pt, res_*.pt of DC, or {OTHERS[flag]}"
             )
     images, labels = as_images(found.images), as_labels(found.labels)
-    if not (is_image_set(images, form) and is_label_set(labels, images, form)):
+    fits = is_image_set(images, form)
+    count = len(images) * factor**2 if fits else 0
+    if fits and is_plain(labels) and labels.dim() and len(labels) != count:
+        of_each = len(labels) / len(images)
+        if of_each > 1 and math.isqrt(int(of_each)) ** 2 == of_each:
+            raise ReportedError(
+                f"{flag}: {what} has {of_each:.0f} labels for each image, one for each of its "
+                f"tiles: give --factor={math.isqrt(int(of_each))}"
+            )
+    if not (fits and is_label_set(labels, count, form)):
         size, last = form.im_size, form.num_classes - 1
         raise ReportedError(
             f"{flag}: {what} holds no synthetic images of these classes: (N, 3, {size}, {size}) "
@@ -192,15 +202,15 @@ def is_image_set(images, form):
     return height == width >= form.im_size and bool(images.isfinite().all())
 
 
-def is_label_set(labels, images, form):
+def is_label_set(labels, count, form):
     if not is_plain(labels):
         return False
     if labels.dtype == torch.float32:
-        fits = labels.shape == (len(images), form.num_classes) and bool((labels >= 0).all())
+        fits = labels.shape == (count, form.num_classes) and bool((labels >= 0).all())
         return fits and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
     if labels.dtype != torch.int64:
         return False
-    return labels.shape == images.shape[:1] and 0 <= labels.min() <= labels.max() < form.num_classes
+    return labels.shape == (count,) and 0 <= labels.min() <= labels.max() < form.num_classes
 
 
 def check_set(what, images, texture, settings, form, flag):

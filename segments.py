@@ -33,7 +33,7 @@ class Segments:
     ranks: Ranks
 
     def __call__(self, state, it):
-        """L (), its gradients w.r.t. `state.synthetic` and α, and the first segment's `Task`.
+        """L (), its gradients by the names of `state.learned`, and the first segment's `Task`.
 
         L and its gradients are means over all segments, the same on every rank.
         """
@@ -46,7 +46,8 @@ class Segments:
             total = values if total is None else [a + b for a, b in zip(total, values)]
         if len(mine) > 1:
             total = [value / len(mine) for value in total]
-        return *self.ranks.mean(total), first
+        loss, *gradients = self.ranks.mean(total)
+        return loss, dict(zip(names_of(state), gradients)), first
 
     def unrolled(self, state, it, number):
         """The `Task` of a segment, its loss and gradients."""
@@ -58,13 +59,19 @@ class Segments:
         drawn = utils.draw_batches(count, self.batch_syn, steps, self.augment, random)
         if self.shard_batch:
             drawn = [self.augment.part(batch, self.ranks) for batch in drawn]
-        drawn = utils.to_device(drawn, state.image_syn.device)
+        drawn = utils.to_device(drawn, state.label_syn.device)
         before, batches = drawn[: task.steps_before], drawn[task.steps_before :]
 
         # Unroll the student, and differentiate the objective at its end.
-        learned = state.synthetic, state.syn_lr
-        theta = self.advance(task.theta, *learned, before)
-        return task, *self.unroll(theta, task.objective, *learned, batches)
+        synthetic = tuple(state.learned[name] for name in names_of(state) if name != "alpha")
+        syn_lr = state.syn_lr
+        theta = self.advance(task.theta, synthetic, syn_lr, before)
+        return task, *self.unroll(theta, task.objective, synthetic, syn_lr, batches)
+
+
+def names_of(state):
+    """The names of what is learned, in the engines' order."""
+    return [name for name in ("images", "labels", "alpha") if name in state.learned]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,7 +80,7 @@ class Segments:
 
 def batch_syn_of(args, form):
     """Synthetic images per step. Raises ReportedError if --batch_syn is more than there are."""
-    num_images = args.ipc * form.num_classes
+    num_images = args.ipc * args.factor**2 * form.num_classes
     if args.batch_syn and args.batch_syn > num_images:
         raise ReportedError(
             f"--batch_syn={args.batch_syn} is more than the {num_images} synthetic images: "
@@ -108,7 +115,8 @@ def student_augment(args, form, apply=utils.apply_group):
     # Plain augmentation cannot be differentiated.
     augments = args.dsa and not args.no_aug
     groups = utils.augment_groups(True, args.dsa_strategy) if augments else ()
-    return Augment(form.im_size, groups, args.canvas_samples if args.texture else 0, apply)
+    windows = args.canvas_samples if args.texture else 0
+    return Augment(form.im_size, groups, windows, args.factor, apply)
 
 
 def make_unroll(args, inputs, make_batch):

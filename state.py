@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -13,23 +15,52 @@ from process import ReportedError, first_line
 from saved_sets import classes_of
 from scores import Evaluations, from_json, to_json
 
+
+@dataclass(frozen=True)
+class ImageOptimizer:
+    make: Callable  # from parameters and a learning rate
+    rate: float  # default of --lr_img
+
+
 IMAGE_OPTIMIZERS = {  # --optimizer_img
-    "sgd": lambda images, rate: torch.optim.SGD([images], lr=rate, momentum=0.5),
-    "adam": lambda images, rate: torch.optim.Adam([images], lr=rate),
+    "sgd": ImageOptimizer(lambda p, rate: torch.optim.SGD(p, lr=rate, momentum=0.5), 1000.0),
+    "adam": ImageOptimizer(lambda p, rate: torch.optim.Adam(p, lr=rate), 0.01),
+}
+
+
+@dataclass(frozen=True)
+class StepSizeOptimizer:
+    make: Callable
+    rate: float  # default of --lr_lr
+    learns_log: bool  # log α instead of α, which then stays positive
+
+
+STEP_SIZE_OPTIMIZERS = {  # --optimizer_lr
+    "sgd": StepSizeOptimizer(
+        lambda p, rate: torch.optim.SGD(p, lr=rate, momentum=0.5), 1e-5, learns_log=False
+    ),
+    "log_adam": StepSizeOptimizer(
+        lambda p, rate: torch.optim.Adam(p, lr=rate, betas=(0.9, 0.99)), 0.01, learns_log=True
+    ),
 }
 
 
 class State:
     """All that changes in a run, which a checkpoint keeps.
 
-    image_syn    synthetic images (K, 3, S, S)
-    label_syn    their classes (K,)
-    logits       of their soft labels, (K, classes); None: the labels are the classes
-    syn_lr       α, a scalar; alpha: its value
+    learned      what is learned, leaf tensors by name: "images" (K, C, S, S), "labels", if learned,
+                 logits (n, classes), and "alpha", α or log α, a scalar
+    average      running means of `learned`, by name; None: they are not averaged
+    label_syn    the classes of the synthetic images, or of their tiles (n,), n = K * factor²
+    logits       of fixed soft labels (n, classes); None: the labels are the classes, or learned
+    alpha        α, with which networks are trained in an evaluation
     source       what the images start from: "real", "noise", or a saved set's digest
     losses       the objective in each iteration so far
     evaluations  of the synthetic images
     baselines    evaluations of random real images, at the initial α and at the best one
+
+    What is evaluated, drawn and saved are `images`, `labels` and `alpha`: the running means, if
+    there are any.
     """
 
     def __init__(self, args, data: Data):
@@ -38,17 +69,25 @@ class State:
         random = utils.make_generator("distillation", args.seed)
         images, labels, self.source = initial_set(args, data, random)
         images, labels = images.to(device), labels.to(device)
-        self.image_syn = images.requires_grad_(True)
         self.label_syn = classes_of(labels)
         self.logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
-        self.syn_lr = torch.tensor(args.lr_teacher, device=device, requires_grad=True)  # ()
-        self.alpha = self.syn_lr.item()
-        self.optimizers = [
-            IMAGE_OPTIMIZERS[args.optimizer_img](self.image_syn, args.lr_img),
-            torch.optim.SGD([self.syn_lr], lr=args.lr_lr, momentum=0.5),
-        ]
-        self.clips = args.objective == "loss"
-        self.norms = None  # with `clips`: running norms of the gradients
+        optimizer = IMAGE_OPTIMIZERS[args.optimizer_img]
+        of_alpha = STEP_SIZE_OPTIMIZERS[args.optimizer_lr]
+        self.learns_log = of_alpha.learns_log
+        alpha = torch.tensor(args.lr_teacher, device=device)  # ()
+        self.learned = {"images": images, "alpha": alpha.log() if self.learns_log else alpha}
+        for tensor in self.learned.values():
+            tensor.requires_grad_(True)
+        self.optimizers = {
+            "images": optimizer.make([self.learned["images"]], args.lr_img),
+            "alpha": of_alpha.make([self.learned["alpha"]], args.lr_lr),
+        }
+        self.ema = args.ema
+        self.average = None
+        self.alpha = self.current_alpha = self.syn_lr.item()
+        self.clips = args.clip
+        self.max_loss = args.max_loss
+        self.norms = None  # with `clips`: running norms of the gradients, by name
         self.losses = []
         self.evaluations = Evaluations()
         self.baselines = []
@@ -57,29 +96,45 @@ class State:
         self.finished = False
 
     def soften(self, logits, rate):
-        """Use these logits (K, classes) as labels, and learn them unless `rate` is None."""
+        """Use these logits (n, classes) as labels, and learn them unless `rate` is None."""
         self.logits = logits.detach().clone()
         if rate is not None:
-            self.logits.requires_grad_(True)
-            self.optimizers.append(torch.optim.SGD([self.logits], lr=rate, momentum=0.9))
+            self.learned["labels"] = self.logits.requires_grad_(True)
+            self.logits = None
+            labels = [self.learned["labels"]]
+            self.optimizers["labels"] = torch.optim.SGD(labels, lr=rate, momentum=0.9)
 
     @property
-    def synthetic(self):
-        """What is learned, except α."""
-        learned = self.logits is not None and self.logits.requires_grad
-        return (self.image_syn, self.logits) if learned else (self.image_syn,)
+    def syn_lr(self):
+        """α as it is now, a scalar leaf tensor, with respect to which gradients are computed."""
+        alpha = self.learned["alpha"].detach()
+        return (alpha.exp() if self.learns_log else alpha.clone()).requires_grad_(True)
+
+    @property
+    def evaluated(self):
+        """What is learned, by name, as it is evaluated and saved: its running means, if any."""
+        if self.average is not None:
+            return self.average
+        return {name: tensor.detach() for name, tensor in self.learned.items()}
+
+    @property
+    def images(self):
+        """The synthetic images (K, C, S, S) that are evaluated, drawn and saved."""
+        return self.evaluated["images"]
 
     @property
     def labels(self):
-        """What networks learn from: classes (K,), or probabilities (K, classes)."""
-        return self.label_syn if self.logits is None else self.logits.detach().softmax(1)
+        """What networks learn from: classes (n,), or probabilities (n, classes)."""
+        logits = self.evaluated.get("labels", self.logits)
+        return self.label_syn if logits is None else logits.softmax(1)
 
     def batch_maker(self, augment):
         """A function that makes (x, y) from the learned tensors and a drawn batch, for engines."""
+        fixed = self.label_syn if self.logits is None else self.logits.softmax(1)
 
-        def make_batch(synthetic, batch):
-            image_syn, *logits = synthetic
-            return augment(image_syn, batch, logits[0].softmax(1) if logits else self.labels)
+        def make_batch(learned, batch):
+            image_syn, *logits = learned
+            return augment(image_syn, batch, logits[0].softmax(1) if logits else fixed)
 
         return make_batch
 
@@ -87,38 +142,54 @@ class State:
     def seconds(self):
         return self.seconds_before + time.time() - self.start
 
-    def step(self, loss, *gradients):
-        """Update all that is learned by the gradients of this loss, in the engine's order.
+    def step(self, loss, gradients):
+        """Update all that is learned by the gradients of this loss, by name; "alpha" is ∂L/∂α.
 
         Returns as text what is not finite, or that α is not positive; None if all is well.
         """
-        learned = (*self.synthetic, self.syn_lr)
-        for tensor, gradient in zip(learned, self.clipped(gradients) if self.clips else gradients):
-            tensor.grad = gradient
-        for optimizer in self.optimizers:
+        if self.max_loss is not None and loss > self.max_loss:
+            self.losses.append(loss.item())
+            return None
+        if self.learns_log:
+            gradients = gradients | {"alpha": gradients["alpha"] * self.syn_lr.detach()}
+        for name, gradient in (self.clipped(gradients) if self.clips else gradients).items():
+            self.learned[name].grad = gradient
+        for optimizer in self.optimizers.values():
             optimizer.step()
-        names = ("∂L/∂images", *(["∂L/∂labels"] if len(learned) == 3 else []), "∂L/∂α")
-        checked = {**dict(zip(names, gradients)), "images": self.image_syn}
+        if self.ema:
+            self.update_average()
+        checked = {f"∂L/∂{name}": gradient for name, gradient in gradients.items()}
+        checked |= {"images": self.learned["images"]}
         finite = [tensor.isfinite().all() for tensor in checked.values()]
         # One transfer fetches all that is needed from an iteration, since it waits for the device.
-        values = [loss, self.syn_lr.detach(), *(flag.to(loss.dtype) for flag in finite)]
-        loss, self.alpha, *finite = torch.stack(values).tolist()
+        alphas = torch.stack([self.learned["alpha"].detach(), self.evaluated["alpha"]])
+        alphas = alphas.exp() if self.learns_log else alphas
+        values = [loss, *alphas, *(flag.to(loss.dtype) for flag in finite)]
+        loss, self.current_alpha, self.alpha, *finite = torch.stack(values).tolist()
         self.losses.append(loss)
-        return first_fault(loss, self.alpha, dict(zip(checked, finite)))
+        return first_fault(loss, self.current_alpha, dict(zip(checked, finite)))
+
+    @torch.no_grad()
+    def update_average(self):
+        """Move the running means (EMA) towards what is learned now."""
+        if self.average is None:
+            self.average = {name: tensor.clone() for name, tensor in self.learned.items()}
+        for name, mean in self.average.items():
+            mean.lerp_(self.learned[name], 1 - self.ema)
 
     def clipped(self, gradients):
-        """Gradients, each no longer than twice the running mean of its norm.
+        """Gradients by name, each no longer than twice the running mean of its norm.
 
         As RaT-BPTT does (arXiv 2311.07025): the gradient of a long unroll has rare, huge values.
         """
-        norms = torch.stack([gradient.norm() for gradient in gradients])
-        if self.norms is None:
-            self.norms = norms
-        limits = torch.minimum(norms, 2 * self.norms)
-        self.norms = 0.9 * self.norms + 0.1 * limits
-        return [
-            g * (limit / norm.clamp(min=1e-30)) for g, limit, norm in zip(gradients, limits, norms)
-        ]
+        norms = {name: gradient.norm() for name, gradient in gradients.items()}
+        before = self.norms or norms
+        limits = {name: torch.minimum(norm, 2 * before[name]) for name, norm in norms.items()}
+        self.norms = {name: 0.9 * before[name] + 0.1 * limits[name] for name in norms}
+        return {
+            name: gradient * (limits[name] / norms[name].clamp(min=1e-30))
+            for name, gradient in gradients.items()
+        }
 
     def resume(self, iterations, evaluator):
         """Continue a run that may have been finished, and may be evaluated in another way."""
@@ -147,16 +218,16 @@ class State:
 
     def content(self):
         """All that changes, as tensors on the CPU, lists and numbers."""
-        tensors = {
-            "images": self.image_syn.detach(),
-            "labels": self.label_syn,
-            "logits": None if self.logits is None else self.logits.detach(),
-            "syn_lr": self.syn_lr.detach(),
-            "norms": self.norms,
-        }
-        return {name: None if t is None else t.cpu() for name, t in tensors.items()} | {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        return {
+            "learned": on_cpu(self.learned),
+            "average": on_cpu(self.average),
+            "norms": on_cpu(self.norms),
+            "label_syn": self.label_syn.cpu(),
+            "logits": None if self.logits is None else self.logits.cpu(),
+            "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
             "losses": self.losses,
+            "alpha": self.alpha,
+            "current_alpha": self.current_alpha,
             "evaluations": to_json(self.evaluations.rows),
             "baselines": to_json(self.baselines),
             "seconds": self.seconds,
@@ -166,22 +237,30 @@ class State:
     @torch.no_grad()
     def restore(self, content):
         """Go back to such a content."""
-        # Copied in place: the optimisers refer to these tensors.
-        self.image_syn.copy_(content["images"])
-        self.label_syn.copy_(content["labels"])
+        device = self.label_syn.device
+        # Copied in place: the optimisers, and what makes batches, refer to these tensors.
+        for name, tensor in self.learned.items():
+            tensor.copy_(content["learned"][name])
+        self.label_syn.copy_(content["label_syn"])
         if self.logits is not None:
             self.logits.copy_(content["logits"])
-        self.syn_lr.copy_(content["syn_lr"])
-        self.alpha = self.syn_lr.item()
-        for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if content["norms"] is not None:
-            self.norms = content["norms"].to(self.syn_lr.device)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(content["optimizers"][name])
+        self.average, self.norms = (
+            saved and {name: tensor.to(device) for name, tensor in saved.items()}
+            for saved in (content["average"], content["norms"])
+        )
+        self.alpha, self.current_alpha = content["alpha"], content["current_alpha"]
         self.losses = content["losses"]
         self.evaluations = Evaluations(from_json(content["evaluations"]))
         self.baselines = from_json(content["baselines"])
         self.seconds_before = content["seconds"]
         self.finished = content["finished"]
+
+
+def on_cpu(tensors):
+    """Copies of tensors by name on the CPU; None for None."""
+    return tensors and {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def first_fault(loss, alpha, finite):
@@ -193,6 +272,6 @@ def first_fault(loss, alpha, finite):
     if not faults:
         return None
     return (
-        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps, and "
-        "start another run; the last checkpoint of this one is kept"
+        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps, use "
+        "--optimizer_lr=log_adam, and start another run; the last checkpoint of this one is kept"
     )

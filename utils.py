@@ -223,6 +223,22 @@ def apply_group(x, group, parameters):
     return apply(x, *parameters)
 
 
+def decode(images, factor, indices=slice(None)):
+    """What networks see of images (N, C, H, W) of factor × factor tiles: (n, C, H, W).
+
+    Each of the n = N * factor² tiles is enlarged bilinearly to the size of an image: several small
+    images in the place of one, as in IDC (Kim et al. 2022, arXiv 2205.14959, section 3.2). Tile
+    k * factor² + r * factor + c is in row r and column c of image k. `indices` (B,) chooses tiles.
+    """
+    if factor == 1:
+        return images[indices]
+    channels, height, width = images.shape[1:]
+    small = height // factor, width // factor
+    tiles = images.unfold(2, small[0], small[0]).unfold(3, small[1], small[1])
+    tiles = tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels, *small)
+    return F.interpolate(tiles[indices], size=(height, width), mode="bilinear")
+
+
 class Batch(NamedTuple):
     """All that is random about a batch of B images."""
 
@@ -239,6 +255,7 @@ class Augment:
     side: int  # of what the network sees, in pixels
     groups: tuple = ()  # of GROUPS, one of which is drawn per batch; none: no augmentation
     windows: int = 0  # texture: windows cut from each canvas; 0: images are taken whole
+    factor: int = 1  # each image holds factor × factor tiles, which are what indices count
     apply: Callable = apply_group
 
     def draw(self, indices, generator):
@@ -265,7 +282,7 @@ class Augment:
 
     def __call__(self, images, batch, labels):
         """What the network sees of a drawn batch: (B, C, side, side), and labels (B,)."""
-        x, y = images[batch.indices], labels[batch.indices]
+        x, y = decode(images, self.factor, batch.indices), labels[batch.indices]
         if batch.offsets:
             x, y = self.cut_windows(x, y, batch.offsets)
         if batch.group:

@@ -11,7 +11,7 @@ import wandb
 
 import process
 from process import first_line
-from report import clip, draw_grid, is_kept, run_title
+from report import classes_in_order, clip, draw_grid, is_kept, run_title
 
 PROJECT = "DatasetDistillation"
 
@@ -121,7 +121,8 @@ def evaluation_log(run, data, state, force_save):
     """MTT's keys for the latest evaluation and, if they are kept, for the images."""
     log = score_log(state.evaluations.comparable)
     if is_kept(run, state):
-        images, labels = state.image_syn.detach().cpu(), state.label_syn.cpu()
+        images = state.images.cpu()
+        labels = classes_in_order(images, state)
         log["Pixels"] = wandb.Histogram(images)
         if run.settings["ipc"] < 50 or force_save:
             title = f"{run_title(run)}, iteration {len(state.losses)}"

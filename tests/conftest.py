@@ -21,7 +21,9 @@ from wandb.proto import wandb_internal_pb2
 
 sys.path.insert(0, str(ROOT))
 
-import datasets  # found through the line above
+import cli  # found through the line above
+import datasets
+import distillation
 import process
 from toysat import write_toysat
 
@@ -33,6 +35,14 @@ torch.set_num_threads(1)  # the same for this one
 pytest.register_assert_rewrite("outcomes")
 for variable in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[variable]
+
+
+def arguments(**changes):
+    """The defaults of distillation.py's flags as a namespace, with changes."""
+    parser = cli.Parser("")
+    cli.add_shared_flags(parser, batch_train=256)
+    distillation.add_flags(parser)
+    return distillation.completed(parser, changes)
 
 
 def pytest_collection_modifyitems(items):

@@ -5,12 +5,12 @@ their tensors are on one device. What needs the content, as `.item()`, would wai
 """
 
 import collections
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
 import torch._functorch.eager_transforms as eager
+from conftest import arguments
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -193,9 +193,8 @@ def test_a_tensor_on_the_cpu_is_an_error(waits, function):
 
 
 def initial_state(objective):
-    kinds = {"objective": objective, "optimizer_img": "sgd", "pix_init": "noise", "texture": False}
-    rates = {"lr_teacher": 0.01, "lr_img": 1.0, "lr_lr": 1e-5}
-    return State(Namespace(seed=0, ipc=1, **kinds, **rates), data_on_gpu())
+    args = arguments(objective=objective, pix_init="noise", lr_img=1.0)
+    return State(args, data_on_gpu())
 
 
 def two_snapshots():
@@ -227,13 +226,13 @@ def test_an_iteration_of_distillation_waits_once(waits, memory, name, load_all, 
     segments = Segments(objective, unroll, unroll.advance, augment, 2, STEPS, CLASSES, **how)
     waits.clear()
 
-    loss, *gradients, task = segments(state, 0)
+    loss, gradients, task = segments(state, 0)
     assert not waits
-    state.step(loss, *gradients)
+    state.step(loss, gradients)
     assert waits == {"tolist": 1}
 
-    assert all(is_cuda(tensor) for tensor in (task.theta, loss, *gradients))
-    assert is_cuda(state.image_syn) and is_cuda(state.syn_lr)
+    assert all(is_cuda(tensor) for tensor in (task.theta, loss, *gradients.values()))
+    assert all(is_cuda(tensor) for tensor in (*state.learned.values(), state.syn_lr))
 
 
 @pytest.mark.parametrize("group", utils.AUGMENTATIONS)

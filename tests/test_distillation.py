@@ -1,6 +1,5 @@
 """`distillation.py` from the command line, on small pictures of four patterns."""
 
-import argparse
 import json
 import math
 import re
@@ -8,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import history, records_of
+from conftest import arguments, history, records_of
 from PIL import Image
 
 import compilation
@@ -386,8 +385,7 @@ def test_texture_distills_canvases_tiled_with_real_images(distill, data):
     ],
 )
 def test_the_student_sees_augmented_images_unless_told_otherwise(changes, groups):
-    flags = {"dsa": True, "dsa_strategy": "color_flip", "no_aug": False, "texture": False}
-    args = argparse.Namespace(**flags | {"canvas_samples": 3} | changes)
+    args = arguments(dsa_strategy="color_flip", canvas_samples=3, **changes)
     augment = student_augment(args, Form(4, 8))
     assert (augment.side, augment.groups, augment.windows) == (8, groups, 0)
     args.texture = True

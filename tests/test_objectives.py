@@ -1,12 +1,12 @@
 """Both objectives: what they draw, exact gradients, learned labels; by hand and by commands."""
 
 import weakref
-from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import arguments
 from torch.nn import functional as F
 
 import report
@@ -222,41 +222,40 @@ def test_the_matching_loss_has_the_gradient_of_its_definition():
 
 
 def make_state(objective="loss", optimizer="sgd", **rates):
-    kinds = {"objective": objective, "optimizer_img": optimizer, "pix_init": "real"}
     rates = {"lr_img": 1.0, "lr_lr": 1e-3, "lr_teacher": 0.01} | rates
-    return State(Namespace(seed=0, ipc=1, texture=False, **kinds, **rates), make_data())
+    return State(arguments(objective=objective, optimizer_img=optimizer, **rates), make_data())
 
 
 def some_gradients(state, size):
-    return [size * torch.ones_like(tensor) for tensor in (*state.synthetic, state.syn_lr)]
+    return {name: size * torch.ones_like(tensor) for name, tensor in state.learned.items()}
 
 
 def test_gradients_of_the_real_loss_are_cut_at_twice_their_running_norm():
     state = make_state()
-    before = state.image_syn.detach().clone()
-    state.step(torch.tensor(1.0), *some_gradients(state, 1e-3))
-    torch.testing.assert_close(state.image_syn.detach(), before - 1e-3)  # the first is taken whole
+    before = state.images.clone()
+    state.step(torch.tensor(1.0), some_gradients(state, 1e-3))
+    torch.testing.assert_close(state.images, before - 1e-3)  # the first is taken whole
     cut = state.clipped(some_gradients(state, 1.0))
-    torch.testing.assert_close(cut[0], torch.full_like(cut[0], 2e-3))
-    assert float(state.norms[-1]) == pytest.approx(0.9 * 1e-3 + 0.1 * 2e-3)
+    torch.testing.assert_close(cut["images"], torch.full_like(cut["images"], 2e-3))
+    assert float(state.norms["alpha"]) == pytest.approx(0.9 * 1e-3 + 0.1 * 2e-3)
     small = some_gradients(state, 1e-4)
-    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(state.clipped(small), small))
+    torch.testing.assert_close(state.clipped(small), small)
 
 
 def test_gradients_of_the_matching_loss_are_taken_whole_as_mtt_does():
     state = make_state("trajectory")
-    before = state.image_syn.detach().clone()
+    before = state.images.clone()
     for size in (1e-3, 1.0):
-        state.step(torch.tensor(1.0), *some_gradients(state, size))
+        state.step(torch.tensor(1.0), some_gradients(state, size))
     expected = before - 1e-3 - (1.0 + 0.5 * 1e-3)  # momentum 0.5
-    torch.testing.assert_close(state.image_syn.detach(), expected)
+    torch.testing.assert_close(state.images, expected)
 
 
 def test_adam_moves_each_pixel_by_its_rate():
     state = make_state(optimizer="adam", lr_img=0.01)
-    before = state.image_syn.detach().clone()
-    state.step(torch.tensor(1.0), *some_gradients(state, 7.0))
-    torch.testing.assert_close(before - state.image_syn.detach(), torch.full_like(before, 0.01))
+    before = state.images.clone()
+    state.step(torch.tensor(1.0), some_gradients(state, 7.0))
+    torch.testing.assert_close(before - state.images, torch.full_like(before, 0.01))
 
 
 def test_labels_start_as_the_experts_see_them_and_are_learned_where_they_are_to_be():
@@ -265,21 +264,22 @@ def test_labels_start_as_the_experts_see_them_and_are_learned_where_they_are_to_
     parts = [[p.view(s) for p, s in zip(t.split(student.sizes), student.shapes)] for t in thetas]
     experts = Experts([Expert(epochs, "expert", None) for epochs in (parts[:2], parts[2:])])
     state = make_state()
-    images = state.image_syn.detach().double()
+    images = state.images.double()
     for epoch, asked in ((0, thetas[::2]), (1, thetas[1::2]), (None, thetas[1::2])):
         logits = experts.logits(student, images, epoch)
         expected = sum(student(images, theta) for theta in asked) / 2
         torch.testing.assert_close(logits, expected)
 
     state.soften(logits.float(), None)
-    assert state.synthetic == (state.image_syn,)
+    assert state.learned.keys() == {"images", "alpha"}
     torch.testing.assert_close(state.labels, expected.softmax(1).float())
     state.soften(logits.float(), 0.5)
-    assert len(state.synthetic) == 2 and not state.labels.requires_grad
+    assert "labels" in state.learned and not state.labels.requires_grad
     gradients = some_gradients(state, 0.0)
-    gradients[1] += 1e-3
-    state.step(torch.tensor(1.0), *gradients)
-    torch.testing.assert_close(state.logits.detach(), logits.float() - 0.5e-3)
+    gradients["labels"] += 1e-3
+    state.step(torch.tensor(1.0), gradients)
+    learned = state.learned["labels"].detach()
+    torch.testing.assert_close(learned, logits.float() - 0.5e-3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_an_engine_that_fails_compiled_is_called_once_more(monkeypatch, which):
     monkeypatch.setitem(UNROLLS, "adjoint", Engine)
     inputs = SimpleNamespace(data=make_data(), student=None, compiler=Compiler())
     inputs.ranks = ALONE
-    args = Namespace(unroll="adjoint", unroll_memory=0.0, shard_batch=False)
+    args = arguments(unroll_memory=0.0)
     function = segments.make_unroll(args, inputs, None)[which]
     with pytest.warns(UserWarning, match="failed, continuing without it: Triton failed"):
         assert function() == "done"

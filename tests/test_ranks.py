@@ -7,10 +7,10 @@ import socket
 import subprocess
 import sys
 import time
-from argparse import Namespace
 
 import pytest
 import torch
+from conftest import arguments
 from outcomes import assert_same_experts, folder_of, hidden
 from processes import ROOT, Process, context, start_server
 
@@ -71,10 +71,8 @@ def computed(ranks, objective, shard_batch, windows):
     data, cpu = make_data(), torch.device("cpu")
     random = utils.make_generator("student")
     student = ReparamModule(utils.initial_network("ConvNetD1", FORM, random, cpu).double())
-    kinds = {"objective": objective, "optimizer_img": "sgd", "pix_init": "noise"}
-    kinds |= {"texture": windows > 0, "canvas_size": 2}
-    rates = {"lr_img": 1.0, "lr_lr": 1e-3, "lr_teacher": 0.01}
-    state = State(Namespace(seed=0, ipc=2, **kinds, **rates), data)
+    kinds = {"objective": objective, "ipc": 2, "pix_init": "noise", "texture": windows > 0}
+    state = State(arguments(**kinds), data)
     if not windows:
         state.soften(torch.eye(CLASSES)[state.label_syn], 1.0)
     if objective == "trajectory":
@@ -86,7 +84,8 @@ def computed(ranks, objective, shard_batch, windows):
     unroll = AdjointUnroll(student, state.batch_maker(augment), memory=1e9, **options)
     how = {"seed": 0, "shard_batch": shard_batch, "ranks": ranks}
     segments = Segments(goal, unroll, unroll.advance, augment, 4, 3, CLASSES, **how)
-    return segments(state, 3)[:-1]
+    loss, gradients, _ = segments(state, 3)
+    return loss, *gradients.values()
 
 
 def evaluated(ranks):

@@ -50,10 +50,10 @@ def run(tmp_path):
     data.to_pixels = lambda images: images / 2 + 0.5
     experts = SimpleNamespace(members=[None] * 3, test_accuracies=[0.8, 0.9])
     state = SimpleNamespace(
-        image_syn=torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        images=torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
         label_syn=torch.tensor([0, 0, 1, 1]),
         labels=torch.tensor([0, 0, 1, 1]),
-        syn_lr=torch.tensor(0.012),
+        alpha=0.012,
         losses=losses,
         evaluations=evaluations((0.2, 0.2), (0.5, 0.7), (0.4, 0.4)),
         baselines=[{"syn_lr": 0.01, "scores": {"MLP": Scores([0.3, 0.3], [0.25, 0.35])}}],
