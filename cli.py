@@ -1,4 +1,4 @@
-"""The command line of both scripts: its parser, the flags that they share, and the presets."""
+"""The command line of both scripts: types of arguments, the parser, and the presets."""
 
 import argparse
 import math
@@ -6,15 +6,12 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
-import files
-from datasets import DATASETS, IM_SIZE
+from datasets.by_name import DATASETS
 from networks import ALIASES
-from process import ReportedError
-from runs import COMMANDS
+from run.folder import COMMANDS
+from system import files, process
+from system.process import ReportedError
 from utils import DSA_STRATEGY
-from wandb_page import PROJECT
 
 # --------------------------------------------------------------------------------------------------
 # Types of arguments
@@ -75,6 +72,7 @@ def choice(names):
             raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from {', '.join(names)}")
         return text
 
+    parse.metavar = "|".join(names) if len(names) <= 4 else None
     return parse
 
 
@@ -139,6 +137,7 @@ class Parser(argparse.ArgumentParser):
             usage="%(prog)s [flags]",
             argument_default=argparse.SUPPRESS,
         )
+        self.add_argument("--version", action="version", version=process.VERSION)
         self.topics = {}
         self.types = {}
         self.defaults = {}
@@ -149,14 +148,17 @@ class Parser(argparse.ArgumentParser):
             self.topics[title] = self.add_argument_group(title)
         group = self.topics[title]
 
-        def add(flag, type, default, metavar, help):
+        def add(flag, *, help, default=None, type=str, **keywords):
             name = flag.removeprefix("--")
             self.types[name] = type
             self.defaults[name] = default
             if default is not None:
                 help += f" (default: {default})"
-            bare = {"nargs": "?", "const": True} if type is boolean else {}
-            group.add_argument(flag, type=type, metavar=metavar, help=help, **bare)
+            if type is boolean:
+                keywords |= {"nargs": "?", "const": True, "metavar": "BOOL"}
+            if metavar := getattr(type, "metavar", None):
+                keywords["metavar"] = metavar
+            group.add_argument(flag, type=type, help=help, **keywords)
 
         return add
 
@@ -195,58 +197,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-# --------------------------------------------------------------------------------------------------
-# Flags of both scripts
-
-
-def add_shared_flags(parser, batch_train):
-    """Add the flags of both scripts; `batch_train` is the script's own default batch size."""
-    has_cuda = torch.cuda.is_available()
-    add = parser.topic("data")
-    names = ", ".join(PRESETS)
-    add("--preset", choice(PRESETS), None, "NAME", f"named settings; other flags override: {names}")
-    add("--dataset", dataset, "EuroSAT", "NAME", ", ".join(DATASETS))
-    add("--data_path", folder_path, Path("data"), "DIR", "folder of the data set and its caches")
-    side = number(int, 2, below=4097)
-    size = f"image side, for ImageFolder and ToySAT (default: {IM_SIZE})"
-    add("--im_size", side, None, "PIXELS", size)
-    add("--zca", boolean, False, "BOOL", "ZCA whitening instead of per-channel normalisation")
-    validation = "share of training images to select the best iteration on; 0: the test set"
-    add("--val_fraction", fraction, 0.1, "[0,1)", validation)
-    add("--buffer_path", folder_path, Path("buffers"), "DIR", "folder of the expert trajectories")
-
-    add = parser.topic("network and training")
-    networks = "ConvNet and variants (ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16"
-    add("--model", model, "ConvNet", "NAME", networks)
-    add("--lr_teacher", positive, 0.01, "RATE", "experts' learning rate, and the initial α")
-    add("--batch_train", count, batch_train, "IMAGES", "batch size for training networks")
-    add("--dsa", boolean, True, "BOOL", "differentiable Siamese augmentation; False: plain")
-    groups = "DSA groups, one of which is drawn per batch"
-    add("--dsa_strategy", strategy, DSA_STRATEGY, "GROUPS", groups)
-
-    add = parser.topic("machine")
-    seed = number(int, 0, below=2**31)
-    add("--seed", seed, 0, "N", "seed of everything random")
-    add("--device", str, "cuda" if has_cuda else "cpu", "NAME", "torch device")
-    add("--compile", boolean, True, "BOOL", "torch.compile experts, student and evaluation")
-    off = {"dest": "compile", "action": "store_false"}
-    parser.topics["machine"].add_argument("--no-compile", help="the same as --compile=False", **off)
-    add("--amp", boolean, False, "BOOL", "experts, student and evaluation in bfloat16")
-
-    add = parser.topic("Weights & Biases")
-    modes = choice(("online", "offline", "disabled"))
-    add("--wandb_mode", modes, None, "MODE", "online (default, if logged in), offline, disabled")
-    project = f"project (default: WANDB_PROJECT, or {PROJECT})"
-    add("--wandb_project", wandb_name, None, "NAME", project)
-    add("--wandb_entity", wandb_name, None, "NAME", "user or team (default: yours)")
-
-
-def data_flags(args):
-    """The flags that choose a run's data, as arguments of `datasets.load_data`."""
-    names = ("dataset", "data_path", "zca", "val_fraction", "im_size")
-    return {name: getattr(args, name) for name in names}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,214 +18,72 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import cli
-import datasets
+import evaluate_set
 import evaluation
-import image_sets
-import process
-import report
-import saved_sets
+import flags
 import trajectories
 import utils
-from cli import (
-    Parser,
-    boolean,
-    choice,
-    count,
-    folder_name,
-    folder_path,
-    fraction,
-    not_negative,
-    number,
-    positive,
-)
-from compilation import Compiler
-from evaluation import EVAL_POOLS, Evaluator
-from experts import Experts, load_experts
-from image_sets import evaluate_real
-from preprocessing import Data
-from process import ReportedError
-from ranks import Ranks, join, local_device
-from reparam_module import UNROLLS, ReparamModule
-from runs import finish, open_run, run_settings
-from segments import batch_syn_of, check_shares, make_segments
-from state import IMAGE_OPTIMIZERS, STEP_SIZE_OPTIMIZERS, State
-
-LABELS = ("hard", "soft", "learned")
+from cli import Parser, preset_flags
+from datasets import by_name, saved_sets
+from datasets.preprocessing import Data, Layout
+from evaluation import Evaluator, evaluate_real
+from objectives import OBJECTIVES
+from objectives.segments import batch_syn_of, check_shares
+from reparam_module import ReparamModule
+from run import report, wandb_page
+from run.folder import default_name, open_run, run_flags, run_settings, saved_if_stopped
+from run.state import LABELS, Rules, Start, State
+from system import machine, process
+from system.machine import Machine
+from system.process import Interval, ReportedError, stop
+from trajectories import Experts, load_experts
 
 # --------------------------------------------------------------------------------------------------
 # Flags
 
 
-def add_flags(parser):
-    """Add the flags that only this script has."""
-    add = parser.topic("data")
-    add("--max_files", count, None, "N", "trajectory files to read (default: all)")
-    add("--max_experts", count, None, "N", "experts to read per file (default: all)")
-    add("--skip_damaged", boolean, False, "BOOL", "continue without damaged trajectory files")
-    add("--load_all", boolean, False, "BOOL", "keep the experts' snapshots on the device")
-
-    add = parser.topic("distillation")
-    add("--ipc", count, 1, "N", "synthetic images per class")
-    add("--Iteration", number(int, 0), 5000, "N", "distillation iterations")
-    goals = "the student's goal: follow an expert's trajectory (MTT), or reach a low loss on real "
-    goals += "images (RaT-BPTT), which needs no experts"
-    add("--objective", choice(("trajectory", "loss")), "trajectory", "trajectory|loss", goals)
-    add("--optimizer_img", choice(IMAGE_OPTIMIZERS), "sgd", "sgd|adam", "optimiser of the images")
-    rates = "learning rate of the images (default: 1000, with adam 0.01)"
-    add("--lr_img", not_negative, None, "RATE", rates)
-    logs = "optimiser of the step size α: sgd, or Adam on log α, which keeps α positive"
-    add("--optimizer_lr", choice(STEP_SIZE_OPTIMIZERS), "sgd", "sgd|log_adam", logs)
-    rates = "learning rate of the step size α (default: 1e-5, with log_adam 0.01)"
-    add("--lr_lr", not_negative, None, "RATE", rates)
-    means = "decay of running means of all that is learned, which are evaluated and saved; 0: none"
-    add("--ema", fraction, 0.0, "[0,1)", means)
-    add("--clip", boolean, None, "BOOL", "clip each gradient at twice its running norm")
-    skips = "skip updates by iterations whose objective is above this (default: none)"
-    add("--max_loss", positive, None, "LOSS", skips)
-    tiles = "synthetic images hold F × F tiles, each enlarged to an image of its own"
-    add("--factor", number(int, 1, below=65), 1, "F", tiles)
-    add("--expert_epochs", count, 3, "M", "expert epochs that the student must match")
-    add("--syn_steps", count, 20, "N", "differentiated steps on the synthetic images")
-    window = "with loss: total steps, of which a random window of N is differentiated (default: N)"
-    add("--total_steps", count, None, "T", window)
-    add("--batch_objective", count, 512, "IMAGES", "with loss: real images per iteration")
-    several = "segments of trajectories (or windows, of the loss) whose gradients are averaged"
-    add("--segments", count, 1, "S", several)
-    parts = "split each batch among torchrun's processes, not the segments"
-    add("--shard_batch", boolean, False, "BOOL", parts)
-    add("--max_start_epoch", count, 25, "T⁺", "segments start at an expert's epoch before this one")
-    add("--batch_syn", count, None, "IMAGES", "synthetic images per step (default: all of them)")
-    engines = "gradient engine: adjoint, whose memory hardly grows with N, or autograd, as in MTT"
-    add("--unroll", choice(UNROLLS), "adjoint", "ENGINE", engines)
-    memory = "memory for activations kept instead of recomputed (default: 1/8 of free memory)"
-    add("--unroll_memory", not_negative, None, "GB", memory)
-    starts = "initial images: real ones, noise, or a saved set with its α and labels"
-    add("--pix_init", image_sets.pix_init, "real", "real|noise|SET", starts)
-    kinds = "hard: classes; soft: the experts' probabilities; learned: soft, then learned"
-    add("--labels", choice(LABELS), "hard", "|".join(LABELS), kinds)
-    epochs = "epoch of the experts whose probabilities are the labels (default: their last)"
-    add("--label_epoch", count, None, "EPOCH", epochs)
-    add("--lr_labels", not_negative, 5.0, "RATE", "learning rate of learned labels (logits)")
-    add("--no_aug", boolean, False, "BOOL", "no augmentation during distillation")
-    add("--texture", boolean, False, "BOOL", "learn canvases, cut random windows; not with --zca")
-    add("--canvas_size", count, 2, "IMAGES", "with --texture: side of a canvas")
-    add("--canvas_samples", count, 1, "N", "with --texture: windows per canvas in a batch")
-    add_output_flags(parser)
-
-
-def add_output_flags(parser):
-    """Those that say how sets are evaluated, and where results go."""
-    add = parser.topic("evaluation")
-    pools = "S: the model itself; A: ConvNet, MLP, ResNet18; R, M, C: itself and ResNet18, MLP, "
-    pools += "ConvNet; W, D, P, N: ConvNet's widths, depths, poolings, normalisations"
-    add("--eval_mode", choice(EVAL_POOLS), "S", "MODE", pools)
-    add("--num_eval", count, 5, "N", "fresh networks per evaluation")
-    add("--eval_it", count, 100, "ITERATIONS", "iterations between evaluations")
-    add("--epoch_eval_train", count, 1000, "EPOCHS", "epochs per network on the synthetic images")
-    add("--batch_real", count, 256, "IMAGES", "batch size for testing networks on real images")
-    sets = "instead of distilling, evaluate a saved set (a run's folder, or images_*.pt) or real "
-    sets += "images: random, herding or k_center (--ipc per class), or full (all of training)"
-    add("--evaluate", str, None, "WHAT", sets)
-    add("--export", folder_path, None, "DIR", "export the set of --evaluate for other tools")
-
-    add = parser.topic("results")
-    add("--log_dir", folder_path, Path("logged_files"), "DIR", "where results are written")
-    add("--run_name", folder_name, None, "NAME", "run's folder (default: from the settings)")
-    add("--checkpoint_every", count, 100, "ITERATIONS", "iterations between checkpoints")
-    add("--resume", folder_path, None, "DIR", "resume the run in DIR with its own flags")
-    add("--force_save", boolean, False, "BOOL", "log pictures even for 50 images per class or more")
+def make_parser():
+    """The parser of this script's flags."""
+    parser = Parser(__doc__.splitlines()[0])
+    flags.add_shared_flags(parser, batch_train=256)
+    flags.add_distillation_flags(parser)
+    return parser
 
 
 def parse_args():
     """The flags of this run: given ones win over a saved run's, a preset's, and the defaults."""
-    parser = Parser(__doc__.splitlines()[0])
-    cli.add_shared_flags(parser, batch_train=256)
-    add_flags(parser)
+    parser = make_parser()
     given = parser.given()
-    check_commands(parser, given)
+    flags.check_commands(parser, given)
 
     # A saved run brings its own flags, so that evaluating or resuming it needs no others.
-    what = given.get("evaluate")
-    preset = cli.preset_flags(given.get("preset"), "distillation")
+    what, start = given.get("evaluate"), given.get("pix_init")
+    preset = preset_flags(given.get("preset"), "distillation")
     saved = {}
     if "resume" in given:
         saved = parser.recorded(given["resume"])
         if not saved:
             parser.error(f"--resume={given['resume']}: no run was started there (no run.json)")
-    elif image_sets.is_saved(what):
+    elif evaluate_set.is_saved(what):
         saved = parser.recorded(saved_sets.saved_folder(what))
         if saved and preset:
             parser.error(f"--preset={given['preset']}: the run has its own flags: leave it out")
         # The images were learned for its α. None if it was not saved, as by MTT.
         saved["lr_teacher"] = saved_sets.saved_step_size(what, "--evaluate")
-    elif isinstance(start := given.get("pix_init"), Path):
-        if alpha := saved_sets.saved_step_size(start, "--pix_init"):
+    elif isinstance(start, Path):
+        alpha = saved_sets.saved_step_size(start, "--pix_init")
+        if alpha:
             saved["lr_teacher"] = alpha
     elif what == "full":
         saved = {"epoch_eval_train": 50}  # of real images, an epoch has far more steps
-    args = completed(parser, preset, saved, given)
-    check_combinations(parser, args)
+    args = flags.completed(parser, preset, saved, given)
+    flags.check_combinations(parser, args)
     return args
 
 
-def completed(parser, *layers):
-    """All flags, with the defaults that depend on others."""
-    args = parser.complete(*layers)
-    if args.lr_img is None:
-        args.lr_img = IMAGE_OPTIMIZERS[args.optimizer_img].rate
-    if args.lr_lr is None:
-        args.lr_lr = STEP_SIZE_OPTIMIZERS[args.optimizer_lr].rate
-    if args.clip is None:
-        args.clip = args.objective == "loss"
-    if args.total_steps is None:
-        args.total_steps = args.syn_steps
-    return args
-
-
-def check_combinations(parser, args):
-    """Refuse flags that cannot be combined."""
-    if args.total_steps < args.syn_steps:
-        reason = f"lower than --syn_steps={args.syn_steps}, which are part of them"
-        parser.error(f"--total_steps={args.total_steps} is {reason}")
-    if args.labels != "hard" and args.texture:
-        reason = "experts do not take canvases: leave one out"
-        parser.error(f"--labels={args.labels} and --texture cannot be combined: {reason}")
-    if args.labels == "hard" and args.label_epoch:
-        reason = "hard labels are the classes: add --labels=soft or learned"
-        parser.error(f"--label_epoch={args.label_epoch}: {reason}")
-    if args.shard_batch and args.unroll == "autograd":
-        parser.error("--shard_batch and --unroll=autograd cannot be combined: leave one out")
-    for name in ("texture", "zca"):
-        if args.factor > 1 and getattr(args, name):
-            reason = "tiles are parts of plain images: leave one out"
-            parser.error(f"--factor={args.factor} and --{name} cannot be combined: {reason}")
-    if args.zca and args.texture:
-        reason = "whitening is fitted to whole images: leave one out"
-        parser.error(f"--zca and --texture cannot be combined: {reason}")
-
-
-def check_commands(parser, given):
-    """Refuse flags that contradict each other."""
-    if "resume" in given:
-        if given["resume"].is_file():
-            folder = given["resume"].parent
-            parser.error(f"--resume={given['resume']} is a file: name the run's folder, {folder}")
-        for name in ("run_name", "log_dir", "evaluate", "preset"):
-            if name in given:
-                parser.error(f"--resume and --{name} cannot be combined: leave one out")
-    what = given.get("evaluate")
-    if what == "":
-        names = ", ".join(image_sets.REAL_SETS)
-        parser.error(f"--evaluate='' names nothing: give a run's folder, images_*.pt, {names}")
-    if image_sets.is_saved(what):
-        for name in ("labels", "label_epoch"):
-            if name in given:
-                parser.error(f"--{name}={given[name]}: a saved set has its labels: leave it out")
-    elif what and given.get("labels") == "learned":
-        parser.error(f"--labels=learned: nothing is learned of --evaluate={what}: hard or soft")
-    if "export" in given and not image_sets.is_saved(what):
-        parser.error("--export needs --evaluate with a saved set")
+def settings_of(args):
+    """The flags that a result depends on, where they differ from their defaults."""
+    return run_settings(args, flags.defaults_for(make_parser(), args))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,52 +91,51 @@ def check_commands(parser, given):
 
 
 class Inputs(NamedTuple):
+    machine: Machine
     data: Data
     experts: Experts
     student: ReparamModule
     real_sets: tuple  # random real images and labels, a set for each network of an evaluation
     evaluator: Evaluator
-    compiler: Compiler
-    ranks: Ranks
 
 
 def load_inputs(args):
     """Data, experts and networks, each checked before anything slower is loaded."""
     # Milliseconds: what is known from the flags alone.
-    device = process.check_device(local_device(args.device))
-    ranks = join(device)
-    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
-    num_syn = args.ipc * form.num_classes
+    place = machine.set_up(args.device, args.compile, args.amp)
+    form = by_name.form_of(args.dataset, args.data_path, args.im_size)
     if form.im_size % args.factor:
         raise ReportedError(
             f"--factor={args.factor}: images of {form.im_size} pixels a side cannot be cut into "
             "that many tiles: choose a divisor"
         )
-    check_shares(args.segments, args.shard_batch, num_syn, batch_syn_of(args, form), ranks.size)
-    compiler = Compiler(args.compile, process.check_amp(args.amp, device))
-    student = evaluation.make_student(args.model, form, compiler.amp, device)
-    pool = evaluation.make_pool(args.eval_mode, args.model, form, compiler, device)
+    check_shares(args, form, place.ranks.size)
+    batch_syn_of(args, form)
+    student = evaluation.make_student(args.model, form, place.amp, place.device)
+    pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
 
     # Seconds: files are memory-mapped, and only segments that can be drawn are read.
     experts = find_experts(args, student)
+    print(place, flush=True)
+    raw = by_name.read_dataset(
+        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
+    )
+    experts.check_settings(raw.settings | {"model": args.model})
 
     # Minutes, where images are whitened for the first time.
-    print(process.describe(device, compiler.amp, ranks.size), flush=True)
-    data = datasets.load_data(
-        **cli.data_flags(args),
-        device=device,
-        check=lambda settings: experts.check_settings(settings | {"model": args.model}),
-    )
-    if args.objective == "trajectory":
+    data = raw.preprocessed(place.device)
+    if OBJECTIVES[args.objective].needs_experts:
         experts.warn_of_few_steps(args.syn_steps, args.expert_epochs, len(data.train[1]))
-    real_sets = image_sets.random_real_sets(data, args.ipc, args.num_eval, args.seed, args.factor)
-    evaluator = evaluation.make_evaluator(args, data, pool, compiler, ranks)
-    return Inputs(data, experts, student, real_sets, evaluator, compiler, ranks)
+    layout = Layout(args.ipc, args.factor)
+    real_sets = evaluation.random_real_sets(data, layout, args.num_eval, args.seed)
+    evaluator = evaluation.make_evaluator(args, data, pool, place)
+    return Inputs(place, data, experts, student, real_sets, evaluator)
 
 
 def find_experts(args, student):
     """The experts that the objective or the labels need; none if neither does."""
-    if args.objective == "loss" and args.labels == "hard":
+    follows = OBJECTIVES[args.objective].needs_experts
+    if not (follows or LABELS[args.labels].soft):
         return Experts([])
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     experts = load_experts(
@@ -286,17 +143,17 @@ def find_experts(args, student):
     )
     experts.check_settings({"val_fraction": args.val_fraction})
     experts.check_label_epoch(args.label_epoch)
-    if args.objective == "trajectory":
+    if follows:
         segments = args.max_start_epoch, args.expert_epochs
         experts.check_epochs(*segments)
         experts = experts.check_segments(*segments, args.skip_damaged)
     return experts
 
 
-def settings_of(args, inputs, state):
-    """What a run's result depends on: flags, and what follows from the machine and the inputs."""
-    return run_settings(args) | {
-        "amp": inputs.compiler.amp,
+def input_settings(args, inputs, state):
+    """What a run's result depends on besides its flags: the machine and the inputs."""
+    return {
+        "amp": inputs.machine.amp,
         "batch_syn": batch_syn_of(args, inputs.data.form),
         "pix_init": state.source,
         "data": inputs.data.settings["digest"],
@@ -304,13 +161,155 @@ def settings_of(args, inputs, state):
     }
 
 
-def soften(args, inputs, state):
-    """Give the images soft labels: those of the set they start from, or the experts'."""
-    logits = state.logits
-    if logits is None or args.label_epoch:
-        images = utils.decode(state.images, args.factor)
-        logits = inputs.experts.logits(inputs.student, images, args.label_epoch)
-    state.soften(logits, args.lr_labels if args.labels == "learned" else None)
+def initial_state(args, inputs):
+    """The state of a run that begins: images, labels and α, and how they are learned."""
+    layout = Layout(args.ipc, args.factor, args.canvas_size if args.texture else 1)
+    random = utils.make_generator("distillation", args.seed)
+    images, labels, source = saved_sets.initial_set(args.pix_init, layout, inputs.data, random)
+    kind = LABELS[args.labels]
+    logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
+    if logits is not None and not kind.soft:
+        raise ReportedError(
+            f"--pix_init: the labels of {args.pix_init} are probabilities: add --labels=soft or "
+            "learned"
+        )
+    if kind.soft and (logits is None or args.label_epoch):
+        tiles = utils.decode(images.to(inputs.data.device), args.factor)
+        logits = inputs.experts.logits(inputs.student, tiles, args.label_epoch)
+    rules = Rules(
+        optimizer_img=args.optimizer_img,
+        lr_img=args.lr_img,
+        optimizer_lr=args.optimizer_lr,
+        lr_lr=args.lr_lr,
+        lr_labels=args.lr_labels if kind.learned else None,
+        ema=args.ema,
+        clip=args.clip,
+        max_loss=args.max_loss,
+    )
+    classes = saved_sets.classes_of(labels)
+    return State(Start(images, classes, logits, args.lr_teacher, source), rules, inputs.data.device)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run shows
+
+
+def facts_about(inputs, settings):
+    """What results.json opens with."""
+    return {
+        "settings": settings,
+        "data": inputs.data.settings,
+        "experts": len(inputs.experts.members),
+        "experts_test_accuracy": inputs.experts.test_accuracies,
+        "versions": process.versions(),
+        "device": str(inputs.machine),
+    }
+
+
+def title_of(args):
+    return f"{args.dataset}, {args.model}"
+
+
+def status_of(state):
+    """Where a run stands, in a few words."""
+    best = state.evaluations.best_accuracy
+    return f"loss {state.losses[-1]:.4f}, α {state.current_alpha:.5f}, best {best:.1%}"
+
+
+def is_kept(args, state):
+    """Whether images are kept: at a new best, every 1000 iterations, and at the end."""
+    it = len(state.losses)
+    return state.evaluations.latest_is_best or it % 1000 == 0 or it == args.Iteration
+
+
+def show_evaluation(args, run, state, data):
+    """Print the latest evaluation, write its files, and return what Weights & Biases shows."""
+    it, rows = len(state.losses), state.evaluations.comparable
+    process.write_line(report.evaluation_lines(rows[-1]))
+    images = state.images.cpu()
+    pixels = data.to_pixels(images)
+    of_each = len(state.label_syn) // len(images)
+    names = [data.classes[label] for label in state.label_syn[::of_each].tolist()]
+    title = f"{title_of(args)}, iteration {it}"
+    grid = report.draw_grid(report.clip(pixels), names, title, pixels=True)
+    report.save_picture(run.folder / f"grid_{it:06d}.png", grid)
+    log = wandb_page.score_log(rows)
+    if is_kept(args, state):
+        run.save_set(state, pixels if data.zca else None)
+        log["Pixels"] = wandb_page.histogram(images)
+        if args.ipc < 50 or args.force_save:
+            views = {"Synthetic": images} | ({"Reconstructed": pixels} if data.zca else {})
+            log |= wandb_page.picture_log(views, names, title)
+    return log
+
+
+def curves_of(args, state):
+    """The curves of a run so far."""
+    objective = OBJECTIVES[args.objective]
+    return report.Curves(
+        title=f"{title_of(args)}, images per class: {args.ipc}, seed {args.seed}",
+        rows=state.evaluations.comparable,
+        baselines=state.baselines,
+        losses=state.losses,
+        loss_title=objective.title,
+        standstill=objective.standstill,
+    )
+
+
+def closing_table(run, state, data, experts):
+    """What networks learn from real images, from the distilled ones, and from all real ones."""
+    best = state.evaluations.best
+    count = len(state.images)
+    tiles = len(state.label_syn) // count
+    of_tiles = f" of {tiles} tiles" if tiles > 1 else ""
+    titles = [f"{count} random real images{of_tiles}", "the same, at the learned α"]
+    rows = [(*pair,) for pair in zip(titles, state.baselines)]
+    rows.append((f"{count} distilled images{of_tiles}", best))
+    rows = [(title, row["syn_lr"], row["scores"]) for title, row in rows]
+    if accuracies := experts.test_accuracies:
+        reached = {"(experts)": f"{'':16}   {evaluation.spread(accuracies)}"}
+        rows.append((f"all {len(data.train[1])} training images", None, reached))
+    names = "images_best.pt, curves.png, animation.gif, results.json, ..."
+    return (
+        f"\nBest iteration: {best['iteration']}\n{report.closing_table(rows)}\n"
+        f"Files: {run.folder} ({names})"
+    )
+
+
+def finish(args, run, state, dashboard, facts):
+    """Write everything, close the page, then mark the run as finished."""
+    stop.release()  # a signal ends the process at once, and the next start does the rest
+    memory = run.ranks.gather(process.peak_memory(state.label_syn.device))
+    if not run.ranks.is_first:
+        return
+    run.save_results(facts, state)
+    report.save_curves(run.folder / "curves.png", curves_of(args, state))
+    report.save_animation(run.folder)
+    # Last of all: if killed before this, the next start makes everything again.
+    dashboard.finish(**wandb_page.run_summary(state.evaluations, state.seconds, memory))
+    state.finished = True
+    run.save(state)
+    if len(memory) > 1:
+        print(report.memory_line(memory), flush=True)
+
+
+def open_dashboard(args, run, settings):
+    """The run's page on Weights & Biases, which rank 0 has."""
+    if not run.ranks.is_first:
+        return wandb_page.Dashboard(run.folder, "Progress", "disabled")
+    config = vars(args) | settings | process.versions()
+    page = {"id": run.wandb_id, "name": run.folder.name, "config": config}
+    return wandb_page.Dashboard(run.folder, "Progress", **flags.wandb_options(args), **page)
+
+
+def print_opening(run, state, experts, dashboard):
+    """What a run prints first."""
+    count, it = len(state.images), len(state.losses)
+    print(f"synthetic images: {count}, experts: {len(experts.members)}; results in {run.folder}")
+    print(dashboard.where_to_look())
+    if state.seconds_before:
+        print(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
+    print(report.EVALUATION_HEADER, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,72 +319,86 @@ def soften(args, inputs, state):
 def main():
     args = parse_args()
     if args.evaluate:
-        return image_sets.evaluate_set(args, run_settings(args))
+        return evaluate_set.main(args, settings_of(args))
 
     # Everything that can be refused is refused before anything is written.
     inputs = load_inputs(args)
-    evaluator = inputs.evaluator
-    state = State(args, inputs.data)
-    if args.labels != "hard":
-        soften(args, inputs, state)
-    segments = make_segments(args, inputs, state)
-    line_due = process.Interval(60)
+    data, evaluator, ranks = inputs.data, inputs.evaluator, inputs.machine.ranks
+    state = initial_state(args, inputs)
+    settings = settings_of(args) | input_settings(args, inputs, state)
+    folder = args.log_dir / args.dataset / (args.run_name or default_name(args, settings))
+    if args.resume:
+        folder = args.resume.resolve()
+    objective = OBJECTIVES[args.objective]
+    compute = objective.make(args, inputs, state)
 
-    with open_run(args, settings_of(args, inputs, state), inputs, state) as run:
-        print(report.opening(run, inputs, state), flush=True)
+    with open_run(folder, ranks, settings, run_flags(args), state) as run:
+        state.resume(args.Iteration, evaluator)
         if state.finished:
-            print(report.closing_table(run, inputs, state))
+            it = len(state.losses)
+            print(f"finished before, at iteration {it}; to start from scratch, remove {folder}")
+            print(closing_table(run, state, data, inputs.experts))
             return
-        if not state.baselines:
-            alpha = args.lr_teacher
-            state.baselines.append(evaluate_real(evaluator, inputs.real_sets, alpha, args.seed))
+        dashboard = open_dashboard(args, run, settings)
+        print_opening(run, state, inputs.experts, dashboard)
+        with saved_if_stopped(run, state, dashboard):
+            if not state.baselines:
+                alpha = args.lr_teacher
+                real = evaluate_real(evaluator, inputs.real_sets, alpha, args.seed)
+                state.baselines.append(real)
 
-        bar = report.progress(state, args.Iteration)
-        for it in bar:
-            inputs.ranks.check()
-            alpha = state.alpha
-            log = {"Progress": it, "Synthetic_LR": alpha}
+            numbers = range(len(state.losses), args.Iteration + 1)
+            curves_due, status_due = Interval(60), Interval(60)  # curves take half a second
+            time_left = process.TimeLeft(len(numbers))
+            bar = process.progress(
+                numbers, initial=numbers.start, total=args.Iteration, desc="distilling"
+            )
+            for it in bar:
+                ranks.check()
+                log = {"Progress": it, "Synthetic_LR": state.alpha}
 
-            # Evaluate before the update, as MTT does. Iteration 0 evaluates the initial images.
-            due = it % args.eval_it == 0 or it == args.Iteration
-            if due and not state.evaluations.has(it, evaluator.pool.keys()):  # as after a kill
-                scores = evaluator(state.images, state.labels, alpha, (args.seed, it))
-                state.evaluations.add(scores, alpha, state.losses, state.seconds, evaluator.epochs)
-                log |= run.record(inputs, state, args.force_save)
-            run.dashboard.log(log, step=it)
-            # After the files of an evaluation: a run killed in between evaluates again.
-            if due or it % args.checkpoint_every == 0:
-                run.save(state)
-            if it == args.Iteration:
-                break
+                # Evaluate before the update, as MTT does: at iteration 0, the initial images.
+                due = it % args.eval_it == 0 or it == args.Iteration
+                if due and not state.evaluations.has(it, evaluator.pool.keys()):  # as after a kill
+                    scores = evaluator(state.images, state.labels, state.alpha, (args.seed, it))
+                    state.add_evaluation(scores, evaluator.epochs)
+                    if ranks.is_first:
+                        log |= show_evaluation(args, run, state, data)
+                        run.save_results(facts_about(inputs, settings), state)
+                        if curves_due.due():
+                            report.save_curves(run.folder / "curves.png", curves_of(args, state))
+                dashboard.log(log, step=it)
+                # After the files of an evaluation: a run killed in between evaluates again.
+                if due or it % args.checkpoint_every == 0:
+                    run.save(state)
+                if it == args.Iteration:
+                    break
 
-            # Unroll students on the synthetic images, and differentiate what they reach.
-            begin = time.perf_counter()
-            loss, gradients, task = segments(state, it)
+                # Compute the objective and its gradients, and follow them.
+                begin = time.perf_counter()
+                step = compute(state, it)
+                fault = state.step(step)
+                loss = state.losses[-1]
+                if fault:  # α may stop being positive, MTT's most common failure
+                    where = f"({step.source}, {objective.title} {loss:.4g})"
+                    raise ReportedError(f"diverged at iteration {it} {where}: {fault}")
 
-            # Follow the gradients. α may stop being positive, MTT's most common failure.
-            fault = state.step(loss, gradients)
-            loss = state.losses[-1]
-            if fault:
-                where = f"({task.source}, {segments.objective.name} {loss:.4g})"
-                raise ReportedError(f"diverged at iteration {it} {where}: {fault}")
+                seconds = time.perf_counter() - begin
+                dashboard.log({objective.log_key: loss, **step.log, "Seconds": seconds}, step=it)
+                status = status_of(state)
+                bar.set_postfix_str(status, refresh=False)
+                if status_due.due():  # for logs, where there is no bar
+                    left = time_left(it + 1 - numbers.start)
+                    process.log_line(f"iteration {it + 1} of {args.Iteration}: {status}; {left}")
 
-            seconds = time.perf_counter() - begin
-            log = {segments.objective.log_key: loss, **task.log, "Seconds": seconds}
-            run.dashboard.log(log, step=it)
-            best = state.evaluations.best_accuracy
-            status = f"loss {loss:.4f}, α {state.current_alpha:.5f}, best {best:.1%}"
-            bar.set_postfix_str(status, refresh=False)
-            if line_due.due():  # for logs, where there is no bar
-                process.log_line(f"iteration {it + 1} of {args.Iteration}: {status}")
-
-        # Real images at the learned α too: how much of the gain is due to the step size.
-        best = state.evaluations.best
-        alpha = best["syn_lr"]
-        if best["iteration"] and state.baselines[-1]["syn_lr"] != alpha:
-            real = evaluate_real(evaluator, inputs.real_sets, alpha, args.seed)
-            state.baselines = [state.baselines[0], real]
-        finish(run, inputs, state)
+            # Real images at the learned α too: how much of the gain is due to the step size.
+            best = state.evaluations.best
+            if best["iteration"] and state.baselines[-1]["syn_lr"] != best["syn_lr"]:
+                real = evaluate_real(evaluator, inputs.real_sets, best["syn_lr"], args.seed)
+                state.baselines = [state.baselines[0], real]
+            finish(args, run, state, dashboard, facts_about(inputs, settings))
+            if ranks.is_first:
+                print(closing_table(run, state, data, inputs.experts), flush=True)
 
 
 if __name__ == "__main__":

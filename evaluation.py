@@ -3,20 +3,21 @@
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.func import grad
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
-import process
 import utils
-from compilation import Compiler
-from preprocessing import Data
-from process import Interval, ReportedError, stop
-from ranks import ALONE, Ranks
+from datasets.preprocessing import Data, random_real
 from reparam_module import ReparamModule
-from scores import Scores
+from system import process
+from system.compilation import Compiler
+from system.process import Interval, ReportedError, stop
+from system.ranks import ALONE, Ranks
 from utils import Augment
 
 # --------------------------------------------------------------------------------------------------
@@ -35,16 +36,25 @@ EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` stan
 }
 
 
-def make_pool(mode, model, form, compiler, device):
+def make_pool(mode, model, form, machine):
     """The networks of --eval_mode, by name, each with the step that trains several at once.
 
-    Raises ReportedError if one of them does not accept images of this `datasets.Form`.
+    Raises ReportedError if one of them does not accept images of this `preprocessing.Form`.
     """
     names = dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode])
     try:
-        return {name: make_sgd_step(name, form, compiler, device) for name in names}
+        return {name: make_sgd_step(name, form, machine) for name in names}
     except ReportedError as error:
         raise ReportedError(f"--eval_mode={mode}: {error}") from None
+
+
+class Tested(NamedTuple):
+    """What a trained network reached."""
+
+    val: float | None  # accuracy on the validation images, in [0, 1]; None: there are none
+    test: float
+    classes: list  # test accuracy on each class
+    is_finite: bool  # whether its parameters are
 
 
 @dataclass(frozen=True)
@@ -84,16 +94,17 @@ class Evaluator:
         # Network n is the one of number n // ranks on rank n % ranks.
         of_ranks = self.ranks.gather(tested)
         tested = [of_ranks[n % len(of_ranks)][n // len(of_ranks)] for n in range(self.num_eval)]
-        warn_of_diverged(name, [is_finite for *_, is_finite in tested], syn_lr)
-        val, test, _ = zip(*tested)
-        val = [total for total, _ in val if total is not None]
-        return Scores(val, *(list(part) for part in zip(*test)))
+        warn_of_diverged(name, [each.is_finite for each in tested], syn_lr)
+        return Scores(
+            [each.val for each in tested if each.val is not None],
+            [each.test for each in tested],
+            [each.classes for each in tested],
+        )
 
     def evaluate_some(self, name, images, labels, syn_lr, keys):
         """Train and test a network for each of `keys`, which seed all that is random about it.
 
-        Returns for each its accuracy on the validation and on the test images, as
-        `utils.accuracy`, and whether its parameters are finite.
+        Returns a `Tested` for each.
         """
         form, device = self.data.form, images.device
         self.line_due.restart()
@@ -120,13 +131,14 @@ class Evaluator:
         return [self.test(*pair) for pair in zip(networks, forwards)]
 
     def test(self, network, forward):
-        """A trained network's accuracy on the validation and on the test images, and its health."""
-        parts = (self.data.val, self.data.test)
-        val, test = (
-            utils.accuracy(network, forward, *part, self.batch_real) if len(part[1]) else (None, [])
-            for part in parts
-        )
-        return val, test, all(p.isfinite().all().item() for p in network.parameters())
+        """Test a trained network: `Tested`."""
+        data = self.data
+        val = None
+        if len(data.val[1]):
+            val, _ = utils.accuracy(network, forward, *data.val, self.batch_real)
+        test, classes = utils.accuracy(network, forward, *data.test, self.batch_real)
+        is_finite = all(p.isfinite().all().item() for p in network.parameters())
+        return Tested(val, test, classes, is_finite)
 
     def evaluate_synset(self, network, forward, train, syn_lr, generator):
         """Train a fresh network on images (N, 3, H, H) and labels, as MTT's evaluation does.
@@ -181,11 +193,11 @@ class Evaluator:
         return utils.to_device(batches, labels.device)
 
 
-def make_evaluator(args, data, pool, compiler, ranks):
+def make_evaluator(args, data, pool, machine):
     """The evaluator that the flags describe. It sees synthetic images as augmented canvases."""
     groups = utils.augment_groups(args.dsa, args.dsa_strategy)
     windows = args.canvas_samples if args.texture else 0
-    apply = compiler.augmentation(data.train[0].device)
+    apply = utils.group_function(machine.compiler, data.device)
     return Evaluator(
         data=data,
         pool=pool,
@@ -194,8 +206,8 @@ def make_evaluator(args, data, pool, compiler, ranks):
         batch_train=args.batch_train,
         batch_real=args.batch_real,
         augment=Augment(data.form.im_size, groups, windows, args.factor, apply),
-        compiler=compiler,
-        ranks=ranks,
+        compiler=machine.compiler,
+        ranks=machine.ranks,
     )
 
 
@@ -220,16 +232,17 @@ def make_student(model, form, amp, device):
         raise ReportedError(f"--model={model}: {error}") from None
 
 
-def make_sgd_step(model, form, compiler, device):
+def make_sgd_step(model, form, machine):
     """`sgd_step` for networks called `model`; None if they are trained one after the other.
 
     That is the case on a CPU, where threads are faster, and with batch statistics, which are not
     part of the parameters.
     """
-    network = utils.initial_network(model, form, utils.make_generator(0), device)
-    if device.type != "cuda" or any(True for _ in network.buffers()):
+    network = utils.initial_network(model, form, utils.make_generator(0), machine.device)
+    if machine.device.type != "cuda" or any(True for _ in network.buffers()):
         return None
-    return compiler.function(partial(sgd_step, ReparamModule(network, compiler.amp)))
+    step = partial(sgd_step, ReparamModule(network, machine.amp))
+    return machine.compiler.function(step)
 
 
 def sgd_step(module, thetas, momenta, x, y, rate):
@@ -272,3 +285,123 @@ def warn_of_diverged(name, are_finite, syn_lr):
             f"{diverged} of {len(are_finite)} networks ({name}) diverged in evaluation: "
             f"α = {syn_lr:.4g} is too large for them, so they count as guessing"
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# Random real images, with which a distilled set is compared
+
+
+def random_real_sets(data, layout, count, seed):
+    """`count` draws of `random_real`: images (count, K, C, H, H) and classes (count, n)."""
+    draws = []
+    for number in range(count):
+        draws.append(random_real(data, layout, utils.make_generator("random real", seed, number)))
+    images, labels = zip(*draws)
+    return torch.stack(images), torch.stack(labels)
+
+
+def evaluate_real(evaluator, real_sets, syn_lr, seed):
+    """Evaluate `random_real_sets`."""
+    scores = of_real_images(evaluator)(*real_sets, syn_lr, (seed, "random real"))
+    return {"syn_lr": syn_lr, "epochs": evaluator.epochs, "scores": scores}
+
+
+# --------------------------------------------------------------------------------------------------
+# Accuracies of an evaluation, and of all evaluations of a run
+
+
+def spread(accuracies):
+    """Mean ± population standard deviation, in percent. A single network has no spread."""
+    if not accuracies:
+        return ""
+    deviation = f" ± {np.std(accuracies):6.2%}" if len(accuracies) > 1 else ""
+    return f"{np.mean(accuracies):7.2%}{deviation}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies, in [0, 1], of the networks of one evaluation."""
+
+    val: list  # empty without a validation set
+    test: list
+    classes: list = field(default_factory=list)  # test accuracy per class, a list per network
+
+    def __str__(self):
+        return "   ".join(f"{spread(part):16}" for part in (self.val, self.test))
+
+    @property
+    def selection_accuracy(self):
+        """The accuracy that selects the best iteration: validation, or without it, test.
+
+        Using the test set is MTT's rule.
+        """
+        return np.mean(self.val or self.test)
+
+
+def mean_selection_accuracy(scores):
+    """The mean over networks, of their `scores` by name."""
+    return np.mean([score.selection_accuracy for score in scores.values()])
+
+
+class Evaluations:
+    """All evaluations of a run, oldest first."""
+
+    def __init__(self, rows=()):
+        self.rows = list(rows)
+
+    @property
+    def comparable(self):
+        """The evaluations of the same networks as the latest one, trained for as many epochs."""
+
+        def kind(row):
+            return row["scores"].keys(), row.get("epochs")  # earlier versions kept none
+
+        return [row for row in self.rows if kind(row) == kind(self.rows[-1])]
+
+    @property
+    def best(self):
+        """The comparable evaluation with the highest selection accuracy, the first if tied."""
+        return max(self.comparable, key=lambda row: mean_selection_accuracy(row["scores"]))
+
+    @property
+    def best_accuracy(self):
+        """The selection accuracy of the best evaluation."""
+        return mean_selection_accuracy(self.best["scores"])
+
+    @property
+    def latest_is_best(self):
+        return self.best is self.rows[-1]
+
+    def has(self, iteration, names):
+        """Whether the networks called `names` were evaluated at an iteration."""
+        at = (row["scores"].keys() for row in self.rows if row["iteration"] == iteration)
+        return any(of_row == names for of_row in at)
+
+    def add(self, scores, syn_lr, losses, seconds, epochs):
+        """Add an evaluation by networks of so many epochs, after iterations with these losses."""
+        recent = losses[self.rows[-1]["iteration"] if self.rows else 0 :]
+        row = {
+            "iteration": len(losses),
+            "syn_lr": syn_lr,
+            "loss": float(np.mean(recent)) if recent else None,  # mean since the last evaluation
+            "seconds": round(seconds, 1),
+            "epochs": epochs,
+            "scores": scores,
+        }
+        self.rows.append(row)
+
+
+def to_json(rows):
+    """Evaluations as dictionaries, lists and numbers only."""
+    return [
+        row | {"scores": {name: vars(scores) for name, scores in row["scores"].items()}}
+        for row in rows
+    ]
+
+
+def from_json(rows):
+    """What `to_json` was given."""
+    return [
+        row | {"scores": {name: Scores(**scores) for name, scores in row["scores"].items()}}
+        for row in rows
+    ]

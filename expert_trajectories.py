@@ -19,43 +19,43 @@ from contextlib import contextmanager
 
 import torch
 
-import datasets
-import files
-import process
 import trajectories
 import utils
-import wandb_page
-from cli import (
-    Parser,
-    add_shared_flags,
-    boolean,
-    count,
-    data_flags,
-    fraction,
-    not_negative,
-    preset_flags,
-)
-from compilation import Compiler
-from process import ReportedError, stop
-from ranks import join, local_device
+from cli import Parser, boolean, count, fraction, not_negative, preset_flags
+from datasets import by_name
+from flags import add_shared_flags, wandb_options
 from reparam_module import student_fault
+from run.wandb_page import Dashboard
+from system import files, machine, process
+from system.process import ReportedError, stop
 from utils import Augment
 
 
 def add_flags(parser):
     """Add the flags that only this script has."""
     add = parser.topic("experts")
-    add("--num_experts", count, 100, "N", "how many experts to train")
-    add("--train_epochs", count, 50, "EPOCHS", "epochs of each expert")
-    add("--mom", fraction, 0.0, "[0,1)", "momentum")
-    add("--l2", not_negative, 0.0, "RATE", "weight decay")
-    add("--decay", boolean, False, "BOOL", "learning rate / 10 after epoch train_epochs // 2 + 1")
+    add("--num_experts", type=count, default=100, metavar="N", help="how many experts to train")
+    add("--train_epochs", type=count, default=50, help="epochs of each expert")
+    add("--mom", type=fraction, default=0.0, help="momentum")
+    add("--l2", type=not_negative, default=0.0, help="weight decay")
+    add(
+        "--decay",
+        type=boolean,
+        default=False,
+        help="learning rate / 10 after epoch train_epochs // 2 + 1",
+    )
 
 
-def parse_args():
+def make_parser():
+    """The parser of this script's flags."""
     parser = Parser(__doc__.splitlines()[0])
     add_shared_flags(parser, batch_train=128)
     add_flags(parser)
+    return parser
+
+
+def parse_args():
+    parser = make_parser()
     given = parser.given()
     return parser.complete(preset_flags(given.get("preset"), "experts"), given)
 
@@ -75,7 +75,7 @@ def train_expert(args, data, compiler, seed, dashboard):
     network = utils.initial_network(args.model, data.form, random, device)
     forward = compiler(network)
     groups = utils.augment_groups(args.dsa, args.dsa_strategy)
-    augment = Augment(data.form.im_size, groups, apply=compiler.augmentation(device))
+    augment = Augment(data.form.im_size, groups, apply=utils.group_function(compiler, device))
     optimizer = sgd(args, network, args.lr_teacher)
     line_due = process.Interval(60)
 
@@ -188,28 +188,26 @@ def verified(path):
 
 def main():
     args = parse_args()
-    device = process.check_device(local_device(args.device))
-    ranks = join(device)
-    compiler = Compiler(args.compile, process.check_amp(args.amp, device))
-    print(process.describe(device, compiler.amp, ranks.size), flush=True)
-    form = datasets.form_of(args.dataset, args.data_path, args.im_size)
+    place = machine.set_up(args.device, args.compile, args.amp)
+    print(place, flush=True)
+    form = by_name.form_of(args.dataset, args.data_path, args.im_size)
     # An unknown network is refused here, before the data are loaded.
-    network = utils.initial_network(args.model, form, utils.make_generator(0), device)
+    network = utils.initial_network(args.model, form, utils.make_generator(0), place.device)
     if fault := student_fault(network):
         warnings.warn(f"distillation.py will refuse these experts, --model={args.model}: {fault}")
 
-    # Experts with other settings are refused before minutes of whitening, as far as flags can tell.
-    training = training_settings(args, compiler.amp)
+    # Experts with other settings are refused before minutes of whitening.
+    training = training_settings(args, place.amp)
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     seeds_in(folder, training | {"val_fraction": args.val_fraction})
-    data = datasets.load_data(
-        **data_flags(args),
-        device=device,
-        check=lambda settings: seeds_in(folder, settings | training | {"model": args.model}),
+    raw = by_name.read_dataset(
+        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
     )
-    settings = data.settings | {"model": args.model}
+    settings = raw.settings | {"model": args.model}
+    seeds_in(folder, settings | training)
+    data = raw.preprocessed(place.device)
     record = {"settings": settings, "training": training, "versions": process.versions()}
-    record["device"] = process.describe(device, compiler.amp)
+    record["device"] = str(place)
 
     # Hours of training are wasted if the folder cannot be written.
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,9 +225,9 @@ def main():
             with claim(folder, settings | training, wanted) as seed:
                 if seed is None:
                     break
-                line, where = add_expert(args, data, compiler, folder, seed, record)
-                ranks.print(line)
-    ranks.gather(None)  # until all have trained theirs
+                line, where = add_expert(args, data, place.compiler, folder, seed, record)
+                place.ranks.print(line)
+    place.ranks.gather(None)  # until all have trained theirs
     here = seeds_in(folder, settings | training).intersection(wanted)
     others = "" if len(here) == args.num_experts else "; other processes are training the rest"
     print(f"{len(here)} of {args.num_experts} experts are in {folder}{others}")
@@ -245,7 +243,7 @@ def add_expert(args, data, compiler, folder, seed, record):
         "config": record["settings"] | record["training"] | {"expert": number},
         "group": f"experts {folder.parent.name}/{args.model}",
     }
-    dashboard = wandb_page.Dashboard(folder, "Epoch", **wandb_page.options(args), **page)
+    dashboard = Dashboard(folder, "Epoch", **wandb_options(args), **page)
     start = time.time()
     trajectory, curves = train_expert(args, data, compiler, seed, dashboard)
     seconds = round(time.time() - start, 1)  # without loading the data, which all share

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from networks import get_network
-from process import ReportedError
+from system.process import ReportedError
 
 # --------------------------------------------------------------------------------------------------
 # Seeding
@@ -29,15 +29,16 @@ def make_generator(*key):
 def initial_network(model, form, generator, device):
     """A fresh network called `model`, with weights drawn from `generator`.
 
-    `form` is the number of classes and the side of the images, which have three channels. Raises
-    ReportedError for an unknown name, and for a side that does not fit.
+    `form` is the `preprocessing.Form` of the images. Raises ReportedError for an unknown name, and
+    for a side that does not fit.
     """
     seed = int(torch.randint(2**62, (1,), generator=generator))
     # PyTorch's layers initialise themselves from the global generator, which is then restored.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            return get_network(model, 3, *form).to(device)
+            network = get_network(model, form.channels, form.num_classes, form.im_size)
+            return network.to(device)
         except ValueError as error:
             raise ReportedError(f"--model={model}: {error}") from None
 
@@ -237,6 +238,16 @@ def decode(images, factor, indices=slice(None)):
     tiles = images.unfold(2, small[0], small[0]).unfold(3, small[1], small[1])
     tiles = tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels, *small)
     return F.interpolate(tiles[indices], size=(height, width), mode="bilinear")
+
+
+def group_function(compiler, device):
+    """`apply_group` for this device: compiled on a GPU, but for plain augmentation, by SciPy."""
+    compiled = compiler.on_gpu(apply_group, device)
+
+    def apply(x, group, parameters):
+        return (apply_group if group == "plain" else compiled)(x, group, parameters)
+
+    return apply
 
 
 class Batch(NamedTuple):

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -21,11 +22,11 @@ from wandb.proto import wandb_internal_pb2
 
 sys.path.insert(0, str(ROOT))
 
-import cli  # found through the line above
-import datasets
-import distillation
-import process
-from toysat import write_toysat
+import distillation  # found through the line above
+import flags
+from datasets import by_name
+from datasets.toysat import write_toysat
+from system import process
 
 # Those of the user, so that not every new home has matplotlib list the machine's fonts.
 os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
@@ -39,10 +40,21 @@ for variable in [name for name in os.environ if name.startswith("WANDB_")]:
 
 def arguments(**changes):
     """The defaults of distillation.py's flags as a namespace, with changes."""
-    parser = cli.Parser("")
-    cli.add_shared_flags(parser, batch_train=256)
-    distillation.add_flags(parser)
-    return distillation.completed(parser, changes)
+    return flags.completed(distillation.make_parser(), changes)
+
+
+def make_state(args, data, logits=None):
+    """The state of a run that begins; `logits` are those of the experts' labels."""
+    experts = SimpleNamespace(logits=lambda *_: logits)
+    return distillation.initial_state(
+        args, SimpleNamespace(data=data, experts=experts, student=None)
+    )
+
+
+def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
+    """A data set, read and preprocessed."""
+    raw = by_name.read_dataset(dataset, data_path, im_size, val_fraction, zca)
+    return raw.preprocessed(torch.device(device))
 
 
 def pytest_collection_modifyitems(items):
@@ -140,7 +152,7 @@ def zca_folder(tmp_path_factory):
     """A data set with its ZCA cache of 1.2 GB, which is removed as soon as the tests are done."""
     folder = tmp_path_factory.mktemp("zca")
     write_toysat(folder, per_class=6)
-    datasets.load_data("EuroSAT", folder, zca=True, val_fraction=0.5, device="cpu")
+    load_data("EuroSAT", folder, zca=True, val_fraction=0.5, device="cpu")
     yield folder
     for cache in folder.glob("zca_*.pt"):
         cache.unlink()

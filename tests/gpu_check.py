@@ -25,18 +25,21 @@ import torch
 from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
 from torch.nn import functional as F
 
+from datasets import by_name
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets  # found through the line above
 import evaluation
-import process
 import utils
-from compilation import Compiler
+from datasets.preprocessing import Form, random_real
 from evaluation import Evaluator
 from networks import get_network
-from objectives import matching_loss
-from preprocessing import Form, random_real
+from objectives.trajectory import matching_loss
 from reparam_module import AdjointUnroll, AutogradUnroll, ReparamModule
+from system import process
+from system.compilation import Compiler
+from system.machine import Machine
+from system.ranks import ALONE
 from utils import Augment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,7 +176,7 @@ def check_gradients(setup):
     model, side, steps = setup.student
     network = utils.initial_network(model, Form(10, side), utils.make_generator(0), setup.device)
     student = ReparamModule(network)
-    augment = Augment(side, DSA, apply=compiler.augmentation(setup.device))
+    augment = Augment(side, DSA, apply=utils.group_function(compiler, setup.device))
     random = utils.make_generator("images")
     labels = torch.arange(10, device=setup.device)
 
@@ -225,7 +228,8 @@ def check_evaluation(setup):
     """An evaluation repeats, and networks trained together learn what single ones do."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = datasets.load_data("ToySAT", Path("."), False, 0.1, setup.device, setup.side)
+        raw = by_name.read_dataset("ToySAT", Path("."), setup.side, 0.1, zca=False)
+        data = raw.preprocessed(setup.device)
     compiler = Compiler(setup.compile)
     evaluator = Evaluator(
         data=replace(data, val=data.train, test=data.train),  # enough images for two points
@@ -234,7 +238,7 @@ def check_evaluation(setup):
         epochs=setup.epochs,
         batch_train=256,
         batch_real=256,
-        augment=Augment(setup.side, DSA, apply=compiler.augmentation(setup.device)),
+        augment=Augment(setup.side, DSA, apply=utils.group_function(compiler, setup.device)),
         compiler=compiler,
     )
     images, labels = random_real(data, 5, utils.make_generator("real"))
@@ -251,7 +255,7 @@ def check_evaluation(setup):
 
 def together(setup, form, compiler):
     """A pool of networks that are trained together, also on a CPU."""
-    pool = evaluation.make_pool("S", setup.model, form, compiler, setup.device)
+    pool = evaluation.make_pool("S", setup.model, form, Machine(setup.device, ALONE, compiler))
     if setup.device.type == "cuda":
         return pool
     network = utils.initial_network(setup.model, form, utils.make_generator(0), setup.device)

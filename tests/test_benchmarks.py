@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-import process
-from preprocessing import Form
+from datasets.preprocessing import Form
+from system import process
 from utils import Augment
 
 FOLDER = ROOT / "tests" / "benchmarks"

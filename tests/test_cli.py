@@ -9,11 +9,11 @@ import pytest
 import cli
 import distillation
 import expert_trajectories
-import files
-import runs
-import wandb_page
+import flags
 from cli import Parser
-from process import ReportedError
+from run import folder as runs
+from system import files
+from system.process import ReportedError
 
 
 @pytest.fixture
@@ -31,10 +31,10 @@ def parsed(monkeypatch):
 def parser():
     parser = Parser("A test.")
     add = parser.topic("topic")
-    add("--size", cli.count, 3, "N", "a number")
-    add("--rate", cli.positive, 0.5, "RATE", "another")
-    add("--fast", cli.boolean, False, "BOOL", "a switch")
-    add("--name", str, None, "NAME", "no default")
+    add("--size", type=cli.count, default=3, help="a number")
+    add("--rate", type=cli.positive, default=0.5, help="another")
+    add("--fast", type=cli.boolean, default=False, help="a switch")
+    add("--name", help="no default")
     return parser
 
 
@@ -157,32 +157,31 @@ def test_a_foreign_run_cannot_say_more_than_a_run_does(parsed, tmp_path, flags, 
         assert "\n" not in str(error.value)
 
 
-def test_a_run_of_an_earlier_version_is_named_as_such(parsed, tmp_path):
-    content = {"settings": {}, "flags": ["--ipc=1"], "wandb_id": "x"}
-    files.write_json(tmp_path / "run.json", content)
-    with pytest.raises(ReportedError, match=r"run\.json was written by an earlier version"):
-        parsed(distillation, f"--resume={tmp_path}")
-
-
-def test_what_has_no_effect_is_no_part_of_what_a_run_is(parsed):
+def test_a_run_is_what_differs_from_the_defaults_and_has_an_effect(parsed):
     def settings(*flags):
-        return runs.run_settings(argparse.Namespace(**parsed(distillation, *flags)))
+        return distillation.settings_of(argparse.Namespace(**parsed(distillation, *flags)))
 
-    usual = settings()
-    assert usual["syn_steps"] == 20 and "texture" in usual
+    assert settings() == {}
     without_effect = ["--data_path=x", "--device=cuda", "--load_all", "--wandb_mode=disabled"]
-    without_effect += ["--canvas_size=3", "--checkpoint_every=7", "--force_save", "--run_name=x"]
-    assert settings(*without_effect) == usual
-    for flag in ("--syn_steps=3", "--seed=1", "--texture", "--dsa=False", "--dsa_strategy=flip"):
-        assert settings(flag) != usual
-    assert settings("--texture", "--canvas_size=3") != settings("--texture")
-    assert settings("--dsa=False", "--dsa_strategy=flip") == settings("--dsa=False")
+    without_effect += ["--checkpoint_every=7", "--force_save", "--run_name=x", "--syn_steps=20"]
+    assert settings(*without_effect) == {}
+    assert settings("--syn_steps=3", "--texture") == {"syn_steps": 3, "texture": True}
+    assert settings("--dsa=False", "--seed=1") == {"dsa": False, "seed": 1}
+
+
+def test_a_default_that_follows_from_another_flag_is_no_setting(parsed):
+    def settings(*flags):
+        return distillation.settings_of(argparse.Namespace(**parsed(distillation, *flags)))
+
+    assert settings("--optimizer_img=adam") == {"optimizer_img": "adam"}
+    assert settings("--objective=loss") == {"objective": "loss"}
+    assert settings("--lr_img=0.01")["lr_img"] == 0.01  # adam's default, not that of sgd
 
 
 def test_the_name_of_a_runs_folder_tells_settings_apart(parsed):
     def name(*flags):
         args = argparse.Namespace(**parsed(distillation, *flags))
-        return runs.default_name(runs.run_settings(args))
+        return runs.default_name(args, distillation.settings_of(args))
 
     assert name("--zca", "--ipc=3", "--seed=4").startswith("ConvNet_ipc3_zca_seed4_")
     assert name("--ipc=3") == name("--ipc=3", "--load_all") != name("--ipc=3", "--lr_img=1")
@@ -197,7 +196,7 @@ def test_wandbs_variable_names_the_project_where_no_flag_does(monkeypatch, flag,
     if variable:
         monkeypatch.setenv("WANDB_PROJECT", variable)
     args = argparse.Namespace(wandb_mode=None, wandb_project=flag, wandb_entity=None)
-    assert wandb_page.options(args)["project"] == project
+    assert flags.wandb_options(args)["project"] == project
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,8 +211,8 @@ LOCALES = {
 
 @pytest.mark.parametrize("environment", LOCALES.values(), ids=LOCALES)
 def test_a_run_prints_and_writes_where_output_is_not_utf_8(run, specks_run, tmp_path, environment):
-    flags = [*specks_run, "--Iteration=1", "--eval_it=1", "--run_name=run"]
-    done = run("distillation.py", *flags, cwd=tmp_path, **environment)
+    given = [*specks_run, "--Iteration=1", "--eval_it=1", "--run_name=run"]
+    done = run("distillation.py", *given, cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert "iteration network" in done.stdout and "?" in done.stdout  # for α
     (folder,) = tmp_path.glob("logged_files/*/run")

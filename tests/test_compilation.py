@@ -12,8 +12,8 @@ import torch._inductor.config
 from torch import nn
 from torch.func import grad
 
-import compilation
-from compilation import CompileFailures, Compiler, aten
+from system import compilation
+from system.compilation import CompileFailures, Compiler, aten
 
 # --------------------------------------------------------------------------------------------------
 # What runs compiled, and what happens where it fails; with networks: test_reparam_module.py

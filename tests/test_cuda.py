@@ -10,24 +10,25 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._functorch.eager_transforms as eager
-from conftest import arguments
+from conftest import arguments, make_state
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import evaluation
-import process
 import reparam_module
 import utils
-from compilation import Compiler
+from datasets.preprocessing import Data, Form
 from evaluation import Evaluator
-from experts import Expert, Experts
-from objectives import MatchTrajectory, RealLoss, real_loss
-from preprocessing import Data, Form
-from ranks import ALONE
+from objectives.real_loss import RealLoss, real_loss
+from objectives.segments import Segments
+from objectives.trajectory import MatchTrajectory
 from reparam_module import AdjointUnroll, ReparamModule
-from segments import Segments
-from state import State
+from system import process
+from system.compilation import Compiler
+from system.machine import Machine
+from system.ranks import ALONE
+from trajectories import Expert, Experts
 from utils import Augment
 
 CUDA = torch.device("cuda", 0)
@@ -192,9 +193,9 @@ def test_a_tensor_on_the_cpu_is_an_error(waits, function):
 # Distillation
 
 
-def initial_state(objective):
-    args = arguments(objective=objective, pix_init="noise", lr_img=1.0)
-    return State(args, data_on_gpu())
+def initial_state(objective, labels):
+    args = arguments(objective=objective, pix_init="noise", lr_img=1.0, labels=labels)
+    return make_state(args, data_on_gpu(), torch.zeros(CLASSES, CLASSES).to(CUDA))
 
 
 def two_snapshots():
@@ -216,9 +217,8 @@ def make_objective(name, load_all, student, augment):
 @pytest.mark.parametrize("memory", [0, float("inf")])
 @pytest.mark.parametrize("windows, learned", [(0, False), (2, False), (0, True)])
 def test_an_iteration_of_distillation_waits_once(waits, memory, name, load_all, windows, learned):
-    state, student = initial_state(name), ReparamModule(fresh_network())
-    if learned:
-        state.soften(torch.zeros(len(state.label_syn), CLASSES).to(CUDA), 1.0)
+    state = initial_state(name, "learned" if learned else "hard")
+    student = ReparamModule(fresh_network())
     augment = Augment(SIDE, DSA, windows)
     objective = make_objective(name, load_all, student, augment)
     unroll = AdjointUnroll(student, state.batch_maker(augment), memory=memory)
@@ -226,13 +226,13 @@ def test_an_iteration_of_distillation_waits_once(waits, memory, name, load_all, 
     segments = Segments(objective, unroll, unroll.advance, augment, 2, STEPS, CLASSES, **how)
     waits.clear()
 
-    loss, gradients, task = segments(state, 0)
+    step = segments(state, 0)
     assert not waits
-    state.step(loss, gradients)
+    state.step(step)
     assert waits == {"tolist": 1}
 
-    assert all(is_cuda(tensor) for tensor in (task.theta, loss, *gradients.values()))
-    assert all(is_cuda(tensor) for tensor in (*state.learned.values(), state.syn_lr))
+    assert all(is_cuda(tensor) for tensor in (step.loss, *step.gradients.values()))
+    assert all(is_cuda(tensor) for tensor in (*state.learned.values(), *state.leaves()))
 
 
 @pytest.mark.parametrize("group", utils.AUGMENTATIONS)
@@ -272,7 +272,7 @@ def evaluator(waits):
     compiler = Compiler(compile=False)
     return Evaluator(
         data=data_on_gpu(),
-        pool=evaluation.make_pool("S", "ConvNetD1", FORM, compiler, CUDA),
+        pool=evaluation.make_pool("S", "ConvNetD1", FORM, Machine(CUDA, ALONE, compiler)),
         num_eval=2,
         epochs=EPOCHS - 1,  # MTT adds one
         batch_train=4,

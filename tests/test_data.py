@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import load_data
 from PIL import Image
 
-import datasets
-import pictures
-import toysat
-from datasets import CLASS_NAMES, EUROSAT_CACHE, load_eurosat
-from preprocessing import split_dataset
-from process import ReportedError
+from datasets import by_name, eurosat, pictures, toysat
+from datasets.eurosat import CLASS_NAMES, EUROSAT_CACHE, load_eurosat
+from datasets.preprocessing import Form, split_dataset
+from system.process import ReportedError
 
 EUROSAT_SIZES = (3000, 3000, 3000, 2500, 2500, 2000, 2500, 3000, 2500, 3000)
 
@@ -62,20 +61,20 @@ def test_toysat_written_as_jpegs_reads_back_as_what_was_drawn(tiny_folder):
 
 
 def test_toysat_loads_by_name_without_a_folder(tmp_path):
-    data = datasets.load_data("ToySAT", tmp_path / "nothing", False, 0.1, "cpu")
+    data = load_data("ToySAT", tmp_path / "nothing", False, 0.1, "cpu")
     assert [len(part[1]) for part in (data.train, data.val, data.test)] == [2430, 270, 300]
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("side", [16, 128])
 def test_toysat_is_scaled_to_any_side_and_is_other_data_then(tmp_path, side):
-    drawn = datasets.load_toysat(tmp_path, per_class=2)
-    scaled = datasets.load_toysat(tmp_path, side, per_class=2)
+    drawn = by_name.load_toysat(tmp_path, per_class=2)
+    scaled = by_name.load_toysat(tmp_path, side, per_class=2)
     assert scaled.images.shape == (20, 3, side, side) and scaled.images.dtype == torch.uint8
     assert torch.equal(scaled.labels, drawn.labels) and scaled.digest != drawn.digest
     means, drawn_means = (x.images.float().mean((2, 3)) for x in (scaled, drawn))
     torch.testing.assert_close(means, drawn_means, rtol=0, atol=0.5)
-    assert datasets.form_of("ToySAT", tmp_path, side) == (10, side)
+    assert by_name.form_of("ToySAT", tmp_path, side) == Form(10, side)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(folder, tmp_path, monkey
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr("2750/Forest/bomb.jpg", bytes(10**7))
     assert archive.stat().st_size < 10**6
-    monkeypatch.setattr(datasets, "ARCHIVE_LIMIT", 10**7)
+    monkeypatch.setattr(eurosat, "ARCHIVE_LIMIT", 10**7)
     with pytest.raises(ReportedError, match=r"EuroSAT\.zip unpacks to 0 GB"):
         load_eurosat(archive.parent)
     assert os.listdir(archive.parent) == ["EuroSAT.zip"]
@@ -426,7 +425,7 @@ def test_a_class_too_small_to_split_is_reported(folder):
     for number in range(2, 7):
         (folder / "SeaLake" / f"SeaLake_{number}.jpg").unlink()
     with pytest.raises(ReportedError, match="class SeaLake has only 1 images"):
-        datasets.load_data("EuroSAT", folder, zca=False, val_fraction=0.5, device="cpu")
+        load_data("EuroSAT", folder, zca=False, val_fraction=0.5, device="cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -481,7 +480,7 @@ def test_an_official_test_set_stays_apart():
 
 @pytest.fixture(scope="module")
 def data(tiny_folder):
-    return datasets.load_data("EuroSAT", tiny_folder, zca=False, val_fraction=0.5, device="cpu")
+    return load_data("EuroSAT", tiny_folder, zca=False, val_fraction=0.5, device="cpu")
 
 
 def test_images_are_normalised_by_channel(data, tiny_folder):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torchvision
 
-from toysat import write_toysat
+from datasets.toysat import write_toysat
 
 EXPERTS, DISTILLATION = "expert_trajectories.py", "distillation.py"
 BOTH = (EXPERTS, DISTILLATION)
@@ -94,7 +94,7 @@ COUNTS = {  # flags that count something, and their scripts
 NUMBERS = {
     BOTH: ["--lr_teacher"],
     (EXPERTS,): ["--l2", "--mom"],
-    (DISTILLATION,): ["--lr_img", "--lr_lr", "--lr_labels", "--unroll_memory"],
+    (DISTILLATION,): ["--lr_img", "--lr_lr", "--lr_labels", "--unroll_memory", "--max_loss"],
 }
 SWITCHES = {
     BOTH: ["--dsa", "--zca", "--amp", "--compile"],
@@ -106,6 +106,7 @@ SWITCHES = {
         "--skip_damaged",
         "--force_save",
         "--shard_batch",
+        "--clip",
     ],
 }
 NO_COUNTS = {
@@ -246,6 +247,13 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--resume=nowhere --log_dir=logs", ["--resume", "--log_dir", "leave one out"]),
     (DISTILLATION, "--labels=soft --texture", ["--labels=soft", "--texture", "leave one out"]),
     (DISTILLATION, "--zca --texture", ["--zca", "--texture", "leave one out"]),
+    (DISTILLATION, "--factor=2 --zca", ["--factor=2", "--zca", "leave one out"]),
+    (DISTILLATION, "--factor=2 --texture", ["--factor=2", "--texture", "leave one out"]),
+    (DISTILLATION, "--factor=2 --evaluate=full", ["--factor=2", "--evaluate=full", "leave one"]),
+    (DISTILLATION, "--factor=0", ["--factor", "0", "at least 1"]),
+    (DISTILLATION, "--factor=7", ["--factor=7", "pixels a side", "divisor"]),
+    (DISTILLATION, "--ema=1", ["--ema", "1", "less than 1"]),
+    (DISTILLATION, "--optimizer_lr=adam", ["--optimizer_lr", "adam", "sgd, log_adam"]),
 ]
 ROWS = [(script, *row) for scripts, *row in FLAGS for script in BOTH if script in scripts]
 
@@ -260,6 +268,7 @@ def test_every_flag_is_in_the_table(run_here, script, tmp_path):
     help = run_here(script, "--help", cwd=tmp_path).stdout
     known = set(re.findall(r"^  (--[\w-]+)", help, re.MULTILINE))
     elsewhere = {"--data_path", "--buffer_path", "--log_dir"}  # in the tests below
+    elsewhere |= {"--version"}  # takes no value
     table = {
         flag.split("=")[0] for row, flags, _ in ROWS if row == script for flag in flags.split()
     }

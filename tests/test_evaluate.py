@@ -7,26 +7,38 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import load_data
 from torchvision.datasets import ImageFolder
 
-import datasets
-import image_sets
-import process
+import evaluation
 import utils
-from compilation import Compiler
-from datasets import CLASS_NAMES, load_data
-from evaluation import EVAL_POOLS, Evaluator, make_pool, sgd_step
+from datasets import preprocessing
+from datasets.eurosat import CLASS_NAMES
+from datasets.preprocessing import Form, Layout
+from evaluation import (
+    EVAL_POOLS,
+    Evaluations,
+    Evaluator,
+    Scores,
+    from_json,
+    make_pool,
+    sgd_step,
+    to_json,
+)
 from networks import ConvNet
-from preprocessing import Form
-from process import ReportedError
 from reparam_module import ReparamModule
-from scores import Evaluations, Scores, from_json, to_json
+from system import process
+from system.compilation import Compiler
+from system.machine import Machine
+from system.process import ReportedError
+from system.ranks import ALONE
 from utils import Augment
 
 SCRIPT = "distillation.py"
 MODEL = "ConvNetD1"
 DSA = utils.augment_groups(True, utils.DSA_STRATEGY)
 PLAIN = Compiler(compile=False)
+MACHINE = Machine(torch.device("cpu"), ALONE, PLAIN)
 CPU = torch.device("cpu")
 
 
@@ -67,7 +79,7 @@ def evaluator(data):
     ],
 )
 def test_each_eval_mode_stands_for_its_networks(mode, names):
-    assert list(make_pool(mode, "MLP", Form(10, 32), PLAIN, CPU)) == names
+    assert list(make_pool(mode, "MLP", Form(10, 32), MACHINE)) == names
 
 
 def test_every_eval_mode_is_in_the_table_above():
@@ -76,7 +88,7 @@ def test_every_eval_mode_is_in_the_table_above():
 
 
 def test_on_a_cpu_networks_are_trained_one_after_the_other():
-    assert not any(make_pool("N", "MLP", Form(10, 16), PLAIN, CPU).values())
+    assert not any(make_pool("N", "MLP", Form(10, 16), MACHINE).values())
 
 
 def test_scores_have_an_accuracy_per_network_and_the_test_accuracy_of_each_class(evaluator, data):
@@ -96,7 +108,7 @@ def test_scores_follow_their_key(evaluator, data):
 
 
 def test_each_network_may_have_images_of_its_own(evaluator, data):
-    images, labels = image_sets.random_real_sets(data, 1, 2, seed=0)
+    images, labels = evaluation.random_real_sets(data, Layout(1), 2, seed=0)
     assert images.shape == (2, 10, 3, 16, 16) and not torch.equal(*images)
     scores = evaluator(images, labels, 0.01, (0, "key"))
     of_first = evaluator(images[0], labels[0], 0.01, (0, "key"))
@@ -105,23 +117,23 @@ def test_each_network_may_have_images_of_its_own(evaluator, data):
 
 
 def test_random_real_images_are_of_their_class_and_follow_their_seed(data):
-    images, labels = image_sets.random_real_sets(data, 2, 3, seed=0)
+    images, labels = evaluation.random_real_sets(data, Layout(2), 3, seed=0)
     classes = [label for label in range(10) for _ in range(2)]
     assert labels.tolist() == [classes] * 3
     of_train = {image.numpy().tobytes(): int(label) for image, label in zip(*data.train)}
     for one in images:
         assert [of_train[image.numpy().tobytes()] for image in one] == classes
         assert len(one.unique(dim=0)) == 20
-    again, other = (image_sets.random_real_sets(data, 2, 3, seed)[0] for seed in (0, 1))
+    again, other = (evaluation.random_real_sets(data, Layout(2), 3, seed)[0] for seed in (0, 1))
     assert torch.equal(images, again) and not torch.equal(images, other)
 
 
 def test_herding_chooses_rows_whose_mean_is_close_to_the_mean_of_all():
     features = torch.tensor([[0.0], [1.0], [4.5], [3.1], [7.0], [8.4]])  # their mean is 4
     # 4.5, then 3.1 for a mean of 3.8; a third one near 4.4 would be best.
-    assert image_sets.herding(features, 2) == [2, 3]
+    assert preprocessing.herding(features, 2) == [2, 3]
     features = torch.randn(200, 8, generator=seeded(0))
-    chosen = image_sets.herding(features, 20)
+    chosen = preprocessing.herding(features, 20)
     assert len(set(chosen)) == 20
     mean = features.mean(0)
     assert (features[chosen].mean(0) - mean).norm() < 0.2 * (features[:20].mean(0) - mean).norm()
@@ -129,7 +141,7 @@ def test_herding_chooses_rows_whose_mean_is_close_to_the_mean_of_all():
 
 def test_k_center_leaves_no_row_far_from_those_it_chooses():
     features = torch.tensor([[0.0], [1.0], [2.0], [9.0], [10.0], [-5.0]])  # their mean is 2.83
-    assert image_sets.k_center(features, 3) == [2, 4, 5]
+    assert preprocessing.k_center(features, 3) == [2, 4, 5]
 
 
 def test_a_coreset_has_its_images_from_each_class_and_features_of_its_class_alone(data):
@@ -139,7 +151,7 @@ def test_a_coreset_has_its_images_from_each_class_and_features_of_its_class_alon
         seen.append(images)
         return images.flatten(1)
 
-    images, labels = image_sets.coreset(data, 2, image_sets.k_center, features)
+    images, labels = preprocessing.coreset(data, 2, preprocessing.k_center, features)
     of_train = {image.numpy().tobytes(): int(label) for image, label in zip(*data.train)}
     assert labels.tolist() == [label for label in range(10) for _ in range(2)]
     assert [of_train[image.numpy().tobytes()] for image in images] == labels.tolist()
@@ -588,7 +600,7 @@ def test_canvases_need_texture(refuse, evaluate, flags, tmp_path):
 def test_sets_for_other_data_are_refused_before_minutes_of_whitening(
     refuse, saved, monkeypatch, flag, part
 ):
-    monkeypatch.setattr(datasets, "whiten", lambda *_: pytest.fail("whitens"))
+    monkeypatch.setattr(preprocessing, "whiten", lambda *_: pytest.fail("whitens"))
     refuse(part, f"--evaluate={saved}", flag)
 
 

@@ -10,8 +10,8 @@ import torch
 from conftest import history, records_of
 from outcomes import assert_same_experts, experts_by_seed, folder_with
 
-import process
 import trajectories
+from system import process
 
 SCRIPT = "expert_trajectories.py"
 

@@ -6,21 +6,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import arguments
+from conftest import arguments, make_state
 from torch.nn import functional as F
 
-import report
-import segments
 import utils
-import wandb_page
-from compilation import FAILURES, Compiler
-from experts import Expert, Experts
+from datasets.preprocessing import Data
 from networks import ConvNet
-from objectives import MatchTrajectory, RealLoss, matching_loss, real_loss
-from preprocessing import Data
-from ranks import ALONE
+from objectives import segments
+from objectives.real_loss import RealLoss, real_loss
+from objectives.trajectory import MatchTrajectory, matching_loss
 from reparam_module import UNROLLS, AdjointUnroll, AutogradUnroll, ReparamModule
-from state import State
+from run import report, wandb_page
+from run.state import Step
+from system.compilation import FAILURES, Compiler
+from system.machine import Machine
+from system.ranks import ALONE
+from trajectories import Expert, Experts
 from utils import Augment
 
 CLASSES = 4
@@ -221,19 +222,23 @@ def test_the_matching_loss_has_the_gradient_of_its_definition():
 # What follows the gradients
 
 
-def make_state(objective="loss", optimizer="sgd", **rates):
-    rates = {"lr_img": 1.0, "lr_lr": 1e-3, "lr_teacher": 0.01} | rates
-    return State(arguments(objective=objective, optimizer_img=optimizer, **rates), make_data())
+def some_state(objective="loss", logits=None, **changes):
+    rates = {"lr_img": 1.0, "lr_lr": 1e-3, "lr_teacher": 0.01}
+    return make_state(arguments(objective=objective, **rates | changes), make_data(), logits)
 
 
 def some_gradients(state, size):
     return {name: size * torch.ones_like(tensor) for name, tensor in state.learned.items()}
 
 
+def some_step(gradients, loss=1.0):
+    return Step(torch.tensor(loss), gradients, {}, "drawn")
+
+
 def test_gradients_of_the_real_loss_are_cut_at_twice_their_running_norm():
-    state = make_state()
+    state = some_state()
     before = state.images.clone()
-    state.step(torch.tensor(1.0), some_gradients(state, 1e-3))
+    state.step(some_step(some_gradients(state, 1e-3)))
     torch.testing.assert_close(state.images, before - 1e-3)  # the first is taken whole
     cut = state.clipped(some_gradients(state, 1.0))
     torch.testing.assert_close(cut["images"], torch.full_like(cut["images"], 2e-3))
@@ -243,18 +248,18 @@ def test_gradients_of_the_real_loss_are_cut_at_twice_their_running_norm():
 
 
 def test_gradients_of_the_matching_loss_are_taken_whole_as_mtt_does():
-    state = make_state("trajectory")
+    state = some_state("trajectory")
     before = state.images.clone()
     for size in (1e-3, 1.0):
-        state.step(torch.tensor(1.0), some_gradients(state, size))
+        state.step(some_step(some_gradients(state, size)))
     expected = before - 1e-3 - (1.0 + 0.5 * 1e-3)  # momentum 0.5
     torch.testing.assert_close(state.images, expected)
 
 
 def test_adam_moves_each_pixel_by_its_rate():
-    state = make_state(optimizer="adam", lr_img=0.01)
+    state = some_state(optimizer_img="adam", lr_img=0.01)
     before = state.images.clone()
-    state.step(torch.tensor(1.0), some_gradients(state, 7.0))
+    state.step(some_step(some_gradients(state, 7.0)))
     torch.testing.assert_close(before - state.images, torch.full_like(before, 0.01))
 
 
@@ -263,22 +268,23 @@ def test_labels_start_as_the_experts_see_them_and_are_learned_where_they_are_to_
     thetas = [torch.randn(student.num_params, generator=seeded(k)).double() for k in range(4)]
     parts = [[p.view(s) for p, s in zip(t.split(student.sizes), student.shapes)] for t in thetas]
     experts = Experts([Expert(epochs, "expert", None) for epochs in (parts[:2], parts[2:])])
-    state = make_state()
+    state = some_state()
     images = state.images.double()
     for epoch, asked in ((0, thetas[::2]), (1, thetas[1::2]), (None, thetas[1::2])):
         logits = experts.logits(student, images, epoch)
         expected = sum(student(images, theta) for theta in asked) / 2
         torch.testing.assert_close(logits, expected)
 
-    state.soften(logits.float(), None)
-    assert state.learned.keys() == {"images", "alpha"}
-    torch.testing.assert_close(state.labels, expected.softmax(1).float())
-    state.soften(logits.float(), 0.5)
-    assert "labels" in state.learned and not state.labels.requires_grad
-    gradients = some_gradients(state, 0.0)
+    fixed = some_state(labels="soft", logits=logits.float())
+    assert fixed.learned.keys() == {"images", "alpha"}
+    torch.testing.assert_close(fixed.labels, expected.softmax(1).float())
+    learning = some_state(labels="learned", lr_labels=0.5, logits=logits.float())
+    assert list(learning.learned) == ["images", "labels", "alpha"]
+    assert not learning.labels.requires_grad
+    gradients = some_gradients(learning, 0.0)
     gradients["labels"] += 1e-3
-    state.step(torch.tensor(1.0), gradients)
-    learned = state.learned["labels"].detach()
+    learning.step(some_step(gradients))
+    learned = learning.learned["labels"].detach()
     torch.testing.assert_close(learned, logits.float() - 0.5e-3)
 
 
@@ -306,8 +312,8 @@ def test_an_engine_that_fails_compiled_is_called_once_more(monkeypatch, which):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(FAILURES, "seen", False)
     monkeypatch.setitem(UNROLLS, "adjoint", Engine)
-    inputs = SimpleNamespace(data=make_data(), student=None, compiler=Compiler())
-    inputs.ranks = ALONE
+    machine = Machine(torch.device("cpu"), ALONE, Compiler())
+    inputs = SimpleNamespace(data=make_data(), student=None, machine=machine)
     args = arguments(unroll_memory=0.0)
     function = segments.make_unroll(args, inputs, None)[which]
     with pytest.warns(UserWarning, match="failed, continuing without it: Triton failed"):
@@ -326,7 +332,7 @@ def test_a_run_on_the_real_loss_needs_no_experts_and_says_what_its_loss_is(
     run_here, specks_run, tmp_path, monkeypatch
 ):
     drawn = []
-    monkeypatch.setattr(report, "plot_loss", lambda axis, losses, name: drawn.append(name))
+    monkeypatch.setattr(report, "plot_loss", lambda axis, curves: drawn.append(curves.loss_title))
     logged = []
     monkeypatch.setattr(
         wandb_page.Dashboard, "log", lambda self, values, step: logged.append(values)
@@ -339,7 +345,7 @@ def test_a_run_on_the_real_loss_needs_no_experts_and_says_what_its_loss_is(
     starts = [values["Window_Start"] for values in logged if "Window_Start" in values]
     assert len(losses) == len(starts) == 2 and np.isfinite(losses).all()
     assert not any("Grand_Loss" in values for values in logged)
-    assert set(drawn) == {"loss"}
+    assert set(drawn) == {"loss on real images"}
 
 
 @pytest.mark.parametrize("kind", ["soft", "learned"])

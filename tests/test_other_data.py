@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import load_data
 from PIL import Image
 
-import datasets
-import pictures as picture_files
-from datasets import load_data
-from preprocessing import split_dataset
-from process import ReportedError
+from datasets import folders
+from datasets import pictures as picture_files
+from datasets.preprocessing import Form, split_dataset
+from system.process import ReportedError
 
 CLASSES = ("beach", "forest", "town")
 
@@ -122,7 +122,7 @@ def test_pictures_are_scaled_to_cover_the_square_and_their_centre_is_taken(tmp_p
             wide = np.zeros((20, 60, 3), np.uint8)
             wide[:, 20:40] = (10, 20, 30)  # the centre, the only part that is not black
             Image.fromarray(wide).save(tmp_path / name / f"{index}.png")
-    images = datasets.load_image_folder(tmp_path, 10).images
+    images = folders.load_image_folder(tmp_path, 10).images
     assert images.shape == (8, 3, 10, 10)
     assert (images[:, :, :, 1:9] == torch.tensor([10, 20, 30]).view(3, 1, 1)).all()
 
@@ -133,7 +133,7 @@ def test_pictures_are_normalised_by_the_statistics_of_the_training_images(pictur
     std = x.transpose(0, 1).flatten(1).std(1, correction=0)
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-4)
     torch.testing.assert_close(std, torch.ones(3), rtol=0, atol=1e-4)
-    raw = datasets.load_image_folder(pictures, 16)
+    raw = folders.load_image_folder(pictures, 16)
     split = split_dataset(raw.labels, 0.1, raw.classes)
     torch.testing.assert_close(data.to_pixels(x), raw.images[split.train] / 255, rtol=0, atol=1e-5)
 
@@ -149,8 +149,8 @@ def test_a_channel_that_is_the_same_everywhere_stays_zero(pictures):
 
 def test_whitening_takes_any_size(pictures):
     data = load(pictures, im_size=8, zca=True)
-    assert data.form == (3, 8)
-    raw = datasets.load_image_folder(pictures, 8)
+    assert data.form == Form(3, 8)
+    raw = folders.load_image_folder(pictures, 8)
     split = split_dataset(raw.labels, 0.1, raw.classes)
     pixels = raw.images[split.test] / 255
     torch.testing.assert_close(data.to_pixels(data.test[0]), pixels, rtol=0, atol=1e-4)
@@ -162,7 +162,7 @@ def test_the_folders_train_and_test_are_kept_apart(tmp_path, test):
     fill(tmp_path / test, ("a", "b"), 3)
     data = load(tmp_path, im_size=20, val_fraction=0.2)
     assert [len(part[1]) for part in (data.train, data.val, data.test)] == [16, 4, 6]
-    alone = datasets.load_image_folder(tmp_path / test, 20).images
+    alone = folders.load_image_folder(tmp_path / test, 20).images
     torch.testing.assert_close(data.to_pixels(data.test[0]), alone / 255, rtol=0, atol=1e-5)
     whole = load(tmp_path, im_size=20, val_fraction=0)
     assert [len(part[1]) for part in (whole.train, whole.val, whole.test)] == [20, 0, 6]
@@ -175,31 +175,31 @@ def test_the_same_pictures_with_a_test_set_of_their_own_are_other_data(tmp_path)
             to = tmp_path / "parts" / ("train" if index < 4 else "test") / name
             to.mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / "whole" / name / f"{index}.png", to)
-    whole, parts = (datasets.load_image_folder(tmp_path / name, 8) for name in ("whole", "parts"))
+    whole, parts = (folders.load_image_folder(tmp_path / name, 8) for name in ("whole", "parts"))
     assert whole.num_test is None and parts.num_test == 4
     assert parts.digest == picture_files.data_digest(parts.images, parts.labels, 4)
     assert parts.digest != picture_files.data_digest(parts.images, parts.labels) != whole.digest
 
 
 def test_the_cache_is_for_one_size_and_notices_a_changed_picture(pictures, monkeypatch):
-    first = datasets.load_image_folder(pictures, 16)
-    assert datasets.load_image_folder(pictures, 8).images.shape[2] == 8
+    first = folders.load_image_folder(pictures, 16)
+    assert folders.load_image_folder(pictures, 8).images.shape[2] == 8
     with monkeypatch.context() as patch:
         patch.setattr(picture_files, "decode_pictures", lambda *_: pytest.fail("decoded again"))
-        assert torch.equal(datasets.load_image_folder(pictures, 16).images, first.images)
+        assert torch.equal(folders.load_image_folder(pictures, 16).images, first.images)
     picture(99, 16, 16).save(pictures / "town" / "0.png")
-    assert datasets.load_image_folder(pictures, 16).digest != first.digest
+    assert folders.load_image_folder(pictures, 16).digest != first.digest
 
 
 def test_what_is_hidden_or_no_picture_is_left_alone(pictures):
-    digest = datasets.load_image_folder(pictures, 16).digest
+    digest = folders.load_image_folder(pictures, 16).digest
     (pictures / ".cache").mkdir()
     (pictures / "notes.txt").write_text("about these pictures")
     (pictures / "town" / "._0.png").write_bytes(b"attributes")
     (pictures / "town" / "boxes.txt").write_text("0 0 1 1")
     (pictures / "town" / ".ipynb_checkpoints").mkdir()
     shutil.copy(pictures / "town" / "1.png", pictures / "town" / ".ipynb_checkpoints")
-    again = datasets.load_image_folder(pictures, 16)
+    again = folders.load_image_folder(pictures, 16)
     assert again.classes == CLASSES and again.digest == digest
 
 
@@ -209,7 +209,7 @@ def test_what_is_left_out_of_pictures_is_counted(pictures):
     for name in ("a.gif", "b.GIF", "c.jfif"):
         (pictures / "town" / name).write_bytes(b"")
     with pytest.warns(UserWarning) as caught:
-        datasets.load_image_folder(pictures, 16)
+        folders.load_image_folder(pictures, 16)
     messages = sorted(str(warning.message) for warning in caught)
     assert len(messages) == 3
     assert messages[0].startswith("1 of 37 pictures hold several frames, of which the first is")
@@ -414,7 +414,7 @@ def test_cifar_keeps_its_own_test_set(monkeypatch, tmp_path, name, count):
     data = load_data(name, tmp_path, False, 0.25, "cpu")
     sizes = [len(part[1]) for part in (data.train, data.val, data.test)]
     assert sizes == [0.75 * count, 0.25 * count, 2 * classes]
-    assert data.form == (classes, 32)
+    assert data.form == Form(classes, 32)
     pixels = torch.from_numpy(test_images) / 255
     torch.testing.assert_close(data.to_pixels(data.test[0]), pixels, rtol=0, atol=1e-5)
     assert data.test[1].tolist() == [*range(classes)] * 2 and data.classes[3] == "class 3"

@@ -6,7 +6,6 @@ import sys
 import pytest
 from conftest import ROOT
 
-import cli
 import distillation
 import expert_trajectories
 from cli import PRESETS
@@ -28,9 +27,7 @@ def cells(pattern):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_docs_have_every_preset_as_it_is(name):
-    parser = cli.Parser("")
-    cli.add_shared_flags(parser, batch_train=256)
-    distillation.add_flags(parser)
+    parser = distillation.make_parser()
     documented = dict(list(zip(cells("preset"), cells(f"`{name}`")))[1:])
     table = {
         flag: parser.types[flag]({"yes": "True"}.get(cell, cell))

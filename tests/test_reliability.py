@@ -26,13 +26,12 @@ from outcomes import (
     outcome,
 )
 
-import compilation
-import files
 import utils
+from datasets.preprocessing import Form
 from evaluation import Evaluator
-from experts import load_experts
-from preprocessing import Form
-from process import Stopped, stop
+from system import compilation, files
+from system.process import Stopped, stop
+from trajectories import load_experts
 
 EXPERTS = "expert_trajectories.py"
 DISTILLATION = "distillation.py"
@@ -366,7 +365,7 @@ def test_a_run_that_diverges_names_where_and_keeps_its_last_checkpoint(start, sp
     for part in parts:
         assert part in last
     checkpoint = torch.load(folder_of(tmp_path) / "checkpoint.pt", weights_only=True)
-    assert checkpoint["syn_lr"] > 0
+    assert checkpoint["current_alpha"] > 0
     assert f"iteration {len(checkpoint['losses'])} " in last
 
 

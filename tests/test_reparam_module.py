@@ -8,10 +8,9 @@ import torch
 from torch.nn import functional as F
 
 import utils
-from compilation import Compiler
+from datasets.preprocessing import Form
 from networks import ConvNet, get_network
-from objectives import matching_loss
-from preprocessing import Form
+from objectives.trajectory import matching_loss
 from reparam_module import (
     UNROLLS,
     AdjointUnroll,
@@ -19,6 +18,7 @@ from reparam_module import (
     ReparamModule,
     bytes_of_graph,
 )
+from system.compilation import Compiler
 from utils import Augment
 
 STEPS = 4

@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from conftest import arguments
 from PIL import Image
 
-import process
-import report
-import wandb_page
-from report import draw_grid
-from scores import Evaluations, Scores
+import distillation
+from evaluation import Evaluations, Scores
+from run import report, wandb_page
+from run.folder import Run
+from run.report import draw_grid
+from system.ranks import ALONE
 
 NAMES = ["beach", "forest"]
 
@@ -40,15 +42,12 @@ def evaluations(*tests, val=True):
 
 @pytest.fixture
 def run(tmp_path):
-    """As much of a run, its inputs and its state as reports look at."""
+    """As much of a run's flags, folder, state and data as reports look at."""
     losses = [0.9, 0.8]
-    settings = {"dataset": "Toy", "model": "MLP", "ipc": 2, "seed": 0, "amp": False}
-    settings |= {"objective": "trajectory", "Iteration": len(losses)}
-    run = SimpleNamespace(folder=tmp_path / "run", settings=settings)
-    run.dashboard = SimpleNamespace(where_to_look=lambda: "no wandb")
+    args = arguments(model="MLP", ipc=2, Iteration=len(losses))
+    folder = Run(tmp_path / "run", ALONE, "id")
     data = SimpleNamespace(train=(None, torch.arange(9)), classes=NAMES, zca=None, settings={})
     data.to_pixels = lambda images: images / 2 + 0.5
-    experts = SimpleNamespace(members=[None] * 3, test_accuracies=[0.8, 0.9])
     state = SimpleNamespace(
         images=torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
         label_syn=torch.tensor([0, 0, 1, 1]),
@@ -60,7 +59,10 @@ def run(tmp_path):
         seconds_before=0.0,
         finished=False,
     )
-    return run, SimpleNamespace(data=data, experts=experts), state
+    return args, folder, state, data
+
+
+EXPERTS = SimpleNamespace(members=[None] * 3, test_accuracies=[0.8, 0.9])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ def test_a_grid_shows_every_image_in_its_order(count, columns, rows):
     images = torch.zeros(count, 3, 64, 64)
     for index, image in enumerate(images):
         image[:, 30:34, 2 * index + 1 : 2 * index + 3] = 1  # a white mark whose place tells which
-    picture = np.array(draw_grid(images, torch.zeros(count).int(), "title", NAMES)).max(2)
+    picture = np.array(draw_grid(images, ["beach"] * count, "title")).max(2)
     areas, _ = scipy.ndimage.label(picture == 0)
     tiles = [tile for tile in scipy.ndimage.find_objects(areas) if picture[tile].size > 1000]
     marks = [np.argmax(picture[tile].max(0) == 255) / picture[tile].shape[1] * 64 for tile in tiles]
@@ -94,7 +96,7 @@ def test_a_grid_of_too_many_images_says_how_many_it_shows(monkeypatch, limit):
     monkeypatch.setattr(report.ImageDraw, "Draw", spy)
     monkeypatch.setattr(report, limit, {"MAX_SIDE": 2000, "MAX_PIXELS": 2 * 10**6}[limit])
     images = torch.zeros(1).expand(500, 3, 32, 32)
-    picture = draw_grid(images, torch.zeros(500).int(), "title", NAMES)
+    picture = draw_grid(images, ["beach"] * 500, "title")
     assert picture.height <= 2000 or picture.width * picture.height <= 2.1 * 10**6
     (shown,) = (int(t.split(", ")[1].split(" of 500")[0]) for t in titles if " of 500 images" in t)
     assert 50 < shown < 500 and shown % 10 == 0 and titles.count("beach") == shown
@@ -103,15 +105,15 @@ def test_a_grid_of_too_many_images_says_how_many_it_shows(monkeypatch, limit):
 def test_the_largest_grid_fits_into_an_animation():
     assert report.MAX_SIDE < 2**16 - 1000  # GIF's limit
     assert report.MAX_PIXELS < Image.MAX_IMAGE_PIXELS  # where Pillow warns
-    images, labels = torch.zeros(1).expand(3000, 3, 16, 16), torch.zeros(3000).int()
-    picture = draw_grid(images, labels, "title", NAMES)
+    images = torch.zeros(1).expand(3000, 3, 16, 16)
+    picture = draw_grid(images, ["beach"] * 3000, "title")
     assert picture.width * picture.height < 1.1 * report.MAX_PIXELS
     assert max(picture.size) < 2**16
 
 
 def test_a_name_that_is_too_long_ends_with_its_image():
-    images, labels = torch.zeros(3, 3, 64, 64), torch.zeros(3).int()
-    short, long = (draw_grid(images, labels, "title", [name]) for name in ("i", "i" * 200))
+    images = torch.zeros(3, 3, 64, 64)
+    short, long = (draw_grid(images, [name] * 3, "title") for name in ("i", "i" * 200))
     assert short.size == long.size
     short, long = (np.array(picture) for picture in (short, long))
     assert (short != long).any()  # that it is drawn
@@ -149,10 +151,10 @@ def test_values_far_from_the_mean_are_cut_off():
 
 @pytest.mark.parametrize("latest, kept", [((0.8, 0.8), True), ((0.1, 0.1), False)])
 def test_tensors_are_kept_of_a_new_best_but_pictures_of_all(run, latest, kept):
-    run, inputs, state = run
-    run.settings["Iteration"] = 5000
+    args, run, state, data = run
+    args.Iteration = 5000
     state.evaluations = evaluations((0.2, 0.2), (0.5, 0.7), latest)
-    report.save_images(run, inputs.data, state)
+    distillation.show_evaluation(args, run, state, data)
     names = {path.name for path in run.folder.iterdir()}
     tensors = {f"{n}_{tag}.pt" for n in ("images", "labels", "syn_lr") for tag in ("2", "best")}
     assert names == {"grid_000002.png"} | (tensors if kept else set())
@@ -160,19 +162,19 @@ def test_tensors_are_kept_of_a_new_best_but_pictures_of_all(run, latest, kept):
 
 @pytest.mark.parametrize("iteration, kept", [(999, False), (1000, True), (4999, True)])
 def test_tensors_are_kept_of_every_thousandth_iteration_and_of_the_last(run, iteration, kept):
-    run, _, state = run
-    run.settings["Iteration"] = 4999
+    args, _, state, _ = run
+    args.Iteration = 4999
     state.losses = [0.9] * iteration
-    assert report.is_kept(run, state) == kept
+    assert distillation.is_kept(args, state) == kept
 
 
 @pytest.mark.parametrize("val", [True, False])
 @pytest.mark.parametrize("count", [1, 3])
 def test_curves_are_drawn_of_few_and_of_many_iterations(run, val, count):
-    run, _, state = run
+    args, run, state, _ = run
     state.evaluations = evaluations(*[(0.2, 0.3)] * count, val=val)
     state.losses = [0.9] * (200 * (count - 1))
-    report.save_curves(run, state)
+    report.save_curves(run.folder / "curves.png", distillation.curves_of(args, state))
     with Image.open(run.folder / "curves.png") as picture:
         assert picture.size == (1600, 450) and len(picture.getcolors(2**20)) > 100
 
@@ -189,31 +191,37 @@ def test_an_animation_has_a_frame_per_grid_in_their_order(tmp_path):
 
 
 def test_results_are_json_with_every_number(run):
-    run, inputs, state = run
-    report.save_results(run, inputs, state)
+    _, run, state, data = run
+    inputs = SimpleNamespace(data=data, experts=EXPERTS, machine="CPU")
+    run.save_results(distillation.facts_about(inputs, {"model": "MLP"}), state)
     content = report.files.read_json(
-        run.folder / "results.json", evaluations=list, random_real=list, settings=dict, device=str
+        run.folder / "results.json",
+        evaluations=list,
+        random_real=list,
+        settings=dict,
+        device=str,
     )
     assert [row["iteration"] for row in content["evaluations"]] == [0, 1, 2]
     assert content["evaluations"][1]["scores"]["MLP"]["test"] == [0.5, 0.7]
     assert content["random_real"][0]["scores"]["MLP"]["val"] == [0.3, 0.3]
-    assert content["settings"] == run.settings
-    assert content["device"] == process.describe(torch.device("cpu"), amp=False)
+    assert content["settings"] == {"model": "MLP"}
+    assert content["device"] == "CPU"
 
 
 # --------------------------------------------------------------------------------------------------
 # Lines
 
 
-def test_a_run_opens_with_what_it_is_or_where_it_resumes(run):
-    run, inputs, state = run
-    lines = report.opening(run, inputs, state).splitlines()
+def test_a_run_opens_with_what_it_is_or_where_it_resumes(run, capsys):
+    _, run, state, _ = run
+    dashboard = SimpleNamespace(where_to_look=lambda: "no wandb")
+    distillation.print_opening(run, state, EXPERTS, dashboard)
+    lines = capsys.readouterr().out.splitlines()
     assert "4, experts: 3" in lines[0] and str(run.folder) in lines[0]
     assert lines[-1] == report.EVALUATION_HEADER and len(lines) == 3
     state.seconds_before = 1.0
-    assert "resuming at iteration 2" in report.opening(run, inputs, state)
-    state.finished = True
-    assert report.opening(run, inputs, state).startswith("finished before, at iteration 2")
+    distillation.print_opening(run, state, EXPERTS, dashboard)
+    assert "resuming at iteration 2" in capsys.readouterr().out
 
 
 def test_an_evaluation_takes_a_line_under_the_header_per_network():
@@ -225,10 +233,9 @@ def test_an_evaluation_takes_a_line_under_the_header_per_network():
 
 
 def test_the_closing_table_compares_real_distilled_and_all_images(run):
-    run, inputs, state = run
-    _, best, header, real, distilled, experts, place = report.closing_table(
-        run, inputs, state
-    ).splitlines()
+    _, run, state, data = run
+    table = distillation.closing_table(run, state, data, EXPERTS)
+    _, best, header, real, distilled, experts, place = table.splitlines()
     assert best == "Best iteration: 1" and header.split()[:3] == ["trained", "on", "α"]
     assert real.split()[:6] == ["4", "random", "real", "images", "0.01000", "MLP"]
     assert distilled.split() == (
@@ -277,17 +284,17 @@ def test_the_best_on_wandb_is_chosen_on_the_validation_images():
 def test_from_50_images_per_class_on_pictures_are_logged_only_when_forced(
     run, ipc, force_save, pictures
 ):
-    run, inputs, state = run
-    run.settings["ipc"] = ipc
-    log = wandb_page.evaluation_log(run, inputs.data, state, force_save)
+    args, run, state, data = run
+    args.ipc, args.force_save = ipc, force_save
+    log = distillation.show_evaluation(args, run, state, data)
     assert "Accuracy/MLP" in log and "Pixels" in log
     assert ("Synthetic_Images" in log) == ("Synthetic_Pixels" in log) == pictures
 
 
 def test_images_are_logged_only_where_they_are_kept(run):
-    run, inputs, state = run
-    run.settings["Iteration"] = 5000
-    log = wandb_page.evaluation_log(run, inputs.data, state, force_save=True)
+    args, run, state, data = run
+    args.Iteration, args.force_save = 5000, True
+    log = distillation.show_evaluation(args, run, state, data)
     assert "Accuracy/MLP" in log and "Pixels" not in log
 
 
@@ -407,7 +414,7 @@ def test_a_page_that_fails_later_does_not_end_the_run(monkeypatch, tmp_path):
 
 
 def test_the_summary_of_a_run_says_what_it_cost_and_reached(run):
-    _, _, state = run
+    _, _, state, _ = run
     summary = wandb_page.run_summary(state.evaluations, 12.5, [None, 2e9, 3e9])
     assert summary["Best_Iteration"] == 1 and summary["Total_Seconds"] == 12.5
     assert summary["Best_Accuracy/MLP"] == pytest.approx(0.6)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from outcomes import folder_with
 
-import files
 import trajectories
 import utils
-from experts import load_experts
 from networks import get_network
-from process import ReportedError
+from system import files
+from system.process import ReportedError
+from trajectories import load_experts
 
 
 @pytest.fixture(scope="module")

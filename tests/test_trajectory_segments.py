@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from experts import Expert, Experts
-from process import ReportedError
+from system.process import ReportedError
+from trajectories import Expert, Experts
 
 NAME = "replay_buffer_0.pt"
 

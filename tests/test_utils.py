@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import utils
-from preprocessing import Form
-from process import ReportedError
+from datasets.preprocessing import Form
+from system.process import ReportedError
 from utils import Augment
 
 CPU = torch.device("cpu")

@@ -5,9 +5,10 @@ import os
 import kornia
 import pytest
 import torch
+from conftest import load_data
 
-import datasets
-from preprocessing import fit_zca, split_dataset
+from datasets import folders, preprocessing
+from datasets.preprocessing import fit_zca, split_dataset
 
 
 def small_images(count):
@@ -49,7 +50,7 @@ def test_loading_with_zca_a_second_time_reads_the_cache_and_gives_the_same(
     tiny_folder, tmp_path, capfd
 ):
     def load():
-        return datasets.load_data("ImageFolder", tmp_path, True, 0.5, "cpu", im_size=16)
+        return load_data("ImageFolder", tmp_path, True, 0.5, "cpu", im_size=16)
 
     for folder in tiny_folder.iterdir():
         if folder.is_dir():
@@ -64,7 +65,7 @@ def test_loading_with_zca_a_second_time_reads_the_cache_and_gives_the_same(
     for part in ("train", "val", "test"):
         assert torch.equal(getattr(data, part)[0], getattr(first, part)[0])
 
-    images, labels, _, classes, _ = datasets.load_image_folder(tmp_path, 16)
+    images, labels, _, classes, _ = folders.load_image_folder(tmp_path, 16)
     pixels = images[split_dataset(labels, 0.5, classes).train] / 255
     torch.testing.assert_close(data.to_pixels(data.train[0]), pixels, rtol=0, atol=1e-3)
     torch.testing.assert_close(data.zca(pixels), data.train[0], rtol=0, atol=1e-3)
@@ -81,12 +82,12 @@ def test_a_damaged_or_foreign_zca_cache_is_fitted_again_with_a_warning(tmp_path)
     images = (255 * small_images(50)).byte()
     cache = tmp_path / "zca.pt"
     train = torch.arange(40)
-    first, _ = datasets.whiten(images, train, cache)
-    assert torch.equal(datasets.whiten(images, train, cache)[0], first)
+    first, _ = preprocessing.whiten(images, train, cache)
+    assert torch.equal(preprocessing.whiten(images, train, cache)[0], first)
     for content in (cache.read_bytes()[:1000], foreign(tmp_path)):
         cache.write_bytes(content)
         with pytest.warns(UserWarning, match=r"zca\.pt cannot be read .*making it again"):
-            again, zca = datasets.whiten(images, train, cache)
+            again, zca = preprocessing.whiten(images, train, cache)
         assert torch.equal(again, first)
     torch.testing.assert_close(again, fit_zca(images[:40] / 255)(images / 255), rtol=0, atol=1e-5)
     assert zca.fitted

@@ -34,17 +34,18 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import datasets  # found through the line above
 import evaluation
-import files
-import process
 import trajectories
 import utils
-from compilation import Compiler
+from datasets import by_name  # found through the line above
+from datasets.preprocessing import Data, Form
 from evaluation import Evaluator
-from objectives import matching_loss
-from preprocessing import Data, Form
+from objectives.trajectory import matching_loss
 from reparam_module import UNROLLS, ReparamModule
+from system import files, process
+from system.compilation import Compiler
+from system.machine import Machine
+from system.ranks import ALONE
 from utils import Augment
 
 FORM = Form(10, 64)
@@ -257,8 +258,8 @@ def measure_evaluation(device, model, ipc, precision, compile, epochs):
     part = (inputs.images, inputs.labels)
     compiler = Compiler(compile, amp=precision == "bfloat16")
     evaluator = Evaluator(
-        data=Data(part, part, part, datasets.CLASS_NAMES, {}, None),
-        pool=evaluation.make_pool("S", model, FORM, compiler, device),
+        data=Data(part, part, part, by_name.CLASS_NAMES, {}, None),
+        pool=evaluation.make_pool("S", model, FORM, Machine(device, ALONE, compiler)),
         num_eval=5,
         epochs=1,
         batch_train=256,

@@ -30,7 +30,7 @@ ITERATIONS = 16
 def work(path, *flags):
     """In a process of its own: distill, and write rank 0's seconds of each iteration to `path`."""
     sys.path.insert(0, str(ROOT))
-    import wandb_page  # found through the line above
+    from run import wandb_page  # found through the line above
 
     logged = []
     wandb_page.Dashboard.log = lambda self, values, step: logged.append(values)

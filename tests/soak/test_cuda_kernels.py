@@ -31,9 +31,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 import evaluation
 import reparam_module
 import utils
-from compilation import ACTIVATION_BUDGET, SecondDerivatives
-from preprocessing import Form
+from datasets.preprocessing import Form
 from reparam_module import AdjointUnroll, ReparamModule
+from system.compilation import ACTIVATION_BUDGET, SecondDerivatives
 
 pytest.importorskip("triton", reason="Triton, which generates kernels for GPUs, is not installed")
 from triton.backends.compiler import GPUTarget

@@ -10,10 +10,10 @@ from conftest import ROOT
 from torch.nn import functional as F
 
 import utils
-from compilation import Compiler
-from objectives import matching_loss
-from preprocessing import Form
+from datasets.preprocessing import Form
+from objectives.trajectory import matching_loss
 from reparam_module import AdjointUnroll, AutogradUnroll, ReparamModule
+from system.compilation import Compiler
 from utils import Augment
 
 DSA = utils.augment_groups(True, utils.DSA_STRATEGY)

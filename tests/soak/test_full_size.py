@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import history
 
-import datasets
 import utils
+from datasets import by_name, eurosat
+from datasets.preprocessing import Form
 from evaluation import EVAL_POOLS
-from preprocessing import Form
 from utils import Augment
 
 EXPERTS, DISTILLATION = "expert_trajectories.py", "distillation.py"
@@ -37,7 +37,7 @@ def test_zca_runs_end_to_end(run, tiny_flags, zca_folder, tmp_path, model):
     white, pixels = (
         torch.load(folder / f"{name}_0.pt", weights_only=True) for name in ("images", "images_zca")
     )
-    images = datasets.load_eurosat(zca_folder).images / 255
+    images = eurosat.load_eurosat(zca_folder).images / 255
     assert all((pixel - images).abs().amax((1, 2, 3)).min() < 1e-3 for pixel in pixels)
     assert not torch.allclose(white, pixels, atol=0.1)
     keys = {key.split("|")[0] for key in history(folder)[0]}
@@ -95,7 +95,8 @@ def test_compilation_and_bfloat16_change_a_run_only_a_little(
 
 
 def test_on_toysat_a_linear_classifier_does_clearly_worse_than_the_convnet(tmp_path):
-    data = datasets.load_data("ToySAT", tmp_path, False, 0.1, "cpu")
+    raw = by_name.read_dataset("ToySAT", tmp_path, None, 0.1, zca=False)
+    data = raw.preprocessed(torch.device("cpu"))
     augment = Augment(64)
 
     def best_accuracy(network, lr, epochs):

@@ -1,4 +1,7 @@
-"""torchrun's processes, connected by PyTorch's own collectives: NCCL on GPUs, else gloo."""
+"""The processes that share a run: one, or those that torchrun has started.
+
+torchrun's are connected by PyTorch's own collectives: NCCL on GPUs, else gloo.
+"""
 
 import atexit
 import os
@@ -9,8 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from process import RankLost, ReportedError, Stopped, first_line, stop
-from ranks import Ranks
+from system.process import RankLost, ReportedError, Stopped, first_line, is_distributed, stop
 
 # To find each other: a process that ends before it, for a wrong flag, is not waited for any longer.
 START = timedelta(seconds=60)
@@ -18,6 +20,48 @@ START = timedelta(seconds=60)
 ITERATION = timedelta(minutes=15)
 # One may wait while others evaluate their networks or train their experts.
 EVALUATION = timedelta(days=2)
+
+
+class Ranks:
+    """A run in one process.
+
+    rank  this process's number; rank 0 writes all files, and the others are silent
+    size  how many processes there are
+    """
+
+    rank = 0
+    size = 1
+
+    @property
+    def is_first(self):
+        return self.rank == 0
+
+    def mine(self, items):
+        """This rank's share of `items`, which are divided among all ranks."""
+        return items[self.rank :: self.size]
+
+    def mean(self, tensors):
+        """The mean over all ranks of each of these tensors, which have one dtype."""
+        return tensors
+
+    def gather(self, item):
+        """The `item` of every rank, a list in their order."""
+        return [item]
+
+    def from_first(self, item):
+        """Rank 0's `item`."""
+        return item
+
+    def check(self):
+        """Raise `process.Stopped` if a signal has arrived, in all ranks at the same call."""
+        stop.check()
+
+    def print(self, text):
+        """Print a line of this rank's own."""
+        print(text, flush=True)
+
+
+ALONE = Ranks()
 
 
 class Torchrun(Ranks):
@@ -76,3 +120,17 @@ class Torchrun(Ranks):
 
     def print(self, text):
         print(text, file=sys.__stdout__, flush=True)
+
+
+def local_device(name):
+    """The device that --device names for this process. With several GPUs, each rank has its own."""
+    if name == "cuda" and is_distributed():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
+
+
+def join(device):
+    """The `Ranks` that this process belongs to, which compute on devices of this kind."""
+    if not is_distributed():
+        return ALONE
+    return Torchrun(device)

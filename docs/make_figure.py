@@ -1,6 +1,6 @@
 """docs/ipc.png: accuracy against images per class, drawn from the table in docs/results.md.
 
-python tests/figure.py
+python docs/make_figure.py
 """
 
 import re

@@ -1,60 +1,98 @@
-"""What a run changes: the synthetic images, their labels, α, and what is known about them."""
+"""What a run learns, how it follows gradients, and what is known about it so far."""
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-import files
-import utils
-from image_sets import initial_set
-from preprocessing import Data
-from process import ReportedError, first_line
-from saved_sets import classes_of
-from scores import Evaluations, from_json, to_json
+from evaluation import Evaluations, from_json, to_json
+from system import files
+from system.process import ReportedError, first_line
+
+
+class Step(NamedTuple):
+    """What an objective computes in an iteration."""
+
+    loss: torch.Tensor  # ()
+    gradients: dict  # by the names in `State.learned`; that of "alpha" is ∂L/∂α
+    log: dict  # what is logged about its draws
+    source: str  # what was drawn, for messages
 
 
 @dataclass(frozen=True)
-class ImageOptimizer:
-    make: Callable  # from parameters and a learning rate
-    rate: float  # default of --lr_img
+class Optimizer:
+    """A value of --optimizer_img or --optimizer_lr."""
+
+    make: Callable  # of parameters and a learning rate
+    rate: float  # the default learning rate
+    of_log: bool = False  # learns the logarithm, so that the value itself stays positive
 
 
-IMAGE_OPTIMIZERS = {  # --optimizer_img
-    "sgd": ImageOptimizer(lambda p, rate: torch.optim.SGD(p, lr=rate, momentum=0.5), 1000.0),
-    "adam": ImageOptimizer(lambda p, rate: torch.optim.Adam(p, lr=rate), 0.01),
-}
+def sgd(parameters, rate):
+    return torch.optim.SGD(parameters, lr=rate, momentum=0.5)
 
 
-@dataclass(frozen=True)
-class StepSizeOptimizer:
-    make: Callable
-    rate: float  # default of --lr_lr
-    learns_log: bool  # log α instead of α, which then stays positive
+def adam(parameters, rate, betas=(0.9, 0.999)):
+    return torch.optim.Adam(parameters, lr=rate, betas=betas)
 
 
+IMAGE_OPTIMIZERS = {"sgd": Optimizer(sgd, 1000.0), "adam": Optimizer(adam, 0.01)}
 STEP_SIZE_OPTIMIZERS = {  # --optimizer_lr
-    "sgd": StepSizeOptimizer(
-        lambda p, rate: torch.optim.SGD(p, lr=rate, momentum=0.5), 1e-5, learns_log=False
-    ),
-    "log_adam": StepSizeOptimizer(
-        lambda p, rate: torch.optim.Adam(p, lr=rate, betas=(0.9, 0.99)), 0.01, learns_log=True
-    ),
+    "sgd": Optimizer(sgd, 1e-5),
+    "log_adam": Optimizer(lambda p, rate: adam(p, rate, (0.9, 0.99)), 0.01, of_log=True),
 }
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A value of --labels."""
+
+    soft: bool  # probabilities, at first the experts'
+    learned: bool = False
+
+
+LABELS = {
+    "hard": Labels(soft=False),
+    "soft": Labels(soft=True),
+    "learned": Labels(soft=True, learned=True),
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How what is learned follows its gradients: flags of the same names."""
+
+    optimizer_img: str = "sgd"
+    lr_img: float = 1000.0
+    optimizer_lr: str = "sgd"
+    lr_lr: float = 1e-5
+    lr_labels: float | None = None  # None: labels are not learned
+    ema: float = 0.0
+    clip: bool = False
+    max_loss: float | None = None
+
+
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    images: torch.Tensor  # (K, C, S, S)
+    classes: torch.Tensor  # of the images, or of their tiles (n,)
+    logits: torch.Tensor | None  # of soft labels (n, classes); None: the labels are the classes
+    alpha: float
+    source: str  # of the images: "real", "noise", or a saved set's digest
 
 
 class State:
     """All that changes in a run, which a checkpoint keeps.
 
-    learned      what is learned, leaf tensors by name: "images" (K, C, S, S), "labels", if learned,
-                 logits (n, classes), and "alpha", α or log α, a scalar
-    average      running means of `learned`, by name; None: they are not averaged
+    learned      what is learned, leaf tensors by name: "images" (K, C, S, S), "labels", if they are
+                 learned, logits (n, classes), and "alpha", α or log α, a scalar
+    average      running means of `learned`, by name; None: there are none
     label_syn    the classes of the synthetic images, or of their tiles (n,), n = K * factor²
-    logits       of fixed soft labels (n, classes); None: the labels are the classes, or learned
-    alpha        α, with which networks are trained in an evaluation
-    source       what the images start from: "real", "noise", or a saved set's digest
+    logits       of soft labels that are not learned (n, classes), or None
     losses       the objective in each iteration so far
     evaluations  of the synthetic images
     baselines    evaluations of random real images, at the initial α and at the best one
@@ -63,31 +101,32 @@ class State:
     there are any.
     """
 
-    def __init__(self, args, data: Data):
-        """Where a run starts."""
-        device = data.train[0].device
-        random = utils.make_generator("distillation", args.seed)
-        images, labels, self.source = initial_set(args, data, random)
-        images, labels = images.to(device), labels.to(device)
-        self.label_syn = classes_of(labels)
-        self.logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
-        optimizer = IMAGE_OPTIMIZERS[args.optimizer_img]
-        of_alpha = STEP_SIZE_OPTIMIZERS[args.optimizer_lr]
-        self.learns_log = of_alpha.learns_log
-        alpha = torch.tensor(args.lr_teacher, device=device)  # ()
-        self.learned = {"images": images, "alpha": alpha.log() if self.learns_log else alpha}
-        for tensor in self.learned.values():
-            tensor.requires_grad_(True)
-        self.optimizers = {
-            "images": optimizer.make([self.learned["images"]], args.lr_img),
-            "alpha": of_alpha.make([self.learned["alpha"]], args.lr_lr),
+    def __init__(self, start, rules, device):
+        """State of a run that begins."""
+        self.rules = rules
+        self.label_syn, self.source = start.classes.to(device), start.source
+        of_alpha = STEP_SIZE_OPTIMIZERS[rules.optimizer_lr]
+        self.learns_log = of_alpha.of_log
+        alpha = torch.tensor(start.alpha, device=device)
+        learned = {
+            "images": start.images.to(device),
+            "labels": None if start.logits is None else start.logits.to(device),
+            "alpha": alpha.log() if self.learns_log else alpha,
         }
-        self.ema = args.ema
+        self.logits = None
+        if rules.lr_labels is None:
+            self.logits = learned.pop("labels")
+        self.learned = {name: tensor.requires_grad_(True) for name, tensor in learned.items()}
+        images, labels, alpha = (self.learned.get(name) for name in ("images", "labels", "alpha"))
+        self.optimizers = {
+            "images": IMAGE_OPTIMIZERS[rules.optimizer_img].make([images], rules.lr_img),
+            "alpha": of_alpha.make([alpha], rules.lr_lr),
+        }
+        if labels is not None:
+            self.optimizers["labels"] = torch.optim.SGD([labels], lr=rules.lr_labels, momentum=0.9)
         self.average = None
-        self.alpha = self.current_alpha = self.syn_lr.item()
-        self.clips = args.clip
-        self.max_loss = args.max_loss
-        self.norms = None  # with `clips`: running norms of the gradients, by name
+        self.norms = None  # with `clip`: running norms of the gradients, by name
+        self.alpha = self.current_alpha = self.leaves()[-1].item()
         self.losses = []
         self.evaluations = Evaluations()
         self.baselines = []
@@ -95,27 +134,17 @@ class State:
         self.start = time.time()
         self.finished = False
 
-    def soften(self, logits, rate):
-        """Use these logits (n, classes) as labels, and learn them unless `rate` is None."""
-        self.logits = logits.detach().clone()
-        if rate is not None:
-            self.learned["labels"] = self.logits.requires_grad_(True)
-            self.logits = None
-            labels = [self.learned["labels"]]
-            self.optimizers["labels"] = torch.optim.SGD(labels, lr=rate, momentum=0.9)
-
-    @property
-    def syn_lr(self):
-        """α as it is now, a scalar leaf tensor, with respect to which gradients are computed."""
-        alpha = self.learned["alpha"].detach()
-        return (alpha.exp() if self.learns_log else alpha.clone()).requires_grad_(True)
+    def leaves(self):
+        """Leaf tensors in the order of `learned`, to differentiate by; the last is α itself."""
+        *synthetic, alpha = self.learned.values()
+        alpha = alpha.detach()
+        alpha = alpha.exp() if self.learns_log else alpha.clone()
+        return [*synthetic, alpha.requires_grad_(True)]
 
     @property
     def evaluated(self):
         """What is learned, by name, as it is evaluated and saved: its running means, if any."""
-        if self.average is not None:
-            return self.average
-        return {name: tensor.detach() for name, tensor in self.learned.items()}
+        return self.average or {name: tensor.detach() for name, tensor in self.learned.items()}
 
     @property
     def images(self):
@@ -142,21 +171,22 @@ class State:
     def seconds(self):
         return self.seconds_before + time.time() - self.start
 
-    def step(self, loss, gradients):
-        """Update all that is learned by the gradients of this loss, by name; "alpha" is ∂L/∂α.
+    def step(self, step):
+        """Update all that is learned by the gradients of a `Step`.
 
         Returns as text what is not finite, or that α is not positive; None if all is well.
         """
-        if self.max_loss is not None and loss > self.max_loss:
+        loss, gradients = step.loss, step.gradients
+        if self.rules.max_loss is not None and loss > self.rules.max_loss:
             self.losses.append(loss.item())
             return None
-        if self.learns_log:
-            gradients = gradients | {"alpha": gradients["alpha"] * self.syn_lr.detach()}
-        for name, gradient in (self.clipped(gradients) if self.clips else gradients).items():
-            self.learned[name].grad = gradient
+        if self.learns_log:  # ∂L/∂(log α) = α ∂L/∂α
+            gradients = gradients | {"alpha": gradients["alpha"] * self.learned["alpha"].exp()}
+        for name, gradient in (self.clipped(gradients) if self.rules.clip else gradients).items():
+            self.learned[name].grad = gradient.detach()
         for optimizer in self.optimizers.values():
             optimizer.step()
-        if self.ema:
+        if self.rules.ema:
             self.update_average()
         checked = {f"∂L/∂{name}": gradient for name, gradient in gradients.items()}
         checked |= {"images": self.learned["images"]}
@@ -175,7 +205,7 @@ class State:
         if self.average is None:
             self.average = {name: tensor.clone() for name, tensor in self.learned.items()}
         for name, mean in self.average.items():
-            mean.lerp_(self.learned[name], 1 - self.ema)
+            mean.lerp_(self.learned[name], 1 - self.rules.ema)
 
     def clipped(self, gradients):
         """Gradients by name, each no longer than twice the running mean of its norm.
@@ -190,6 +220,10 @@ class State:
             name: gradient * (limits[name] / norms[name].clamp(min=1e-30))
             for name, gradient in gradients.items()
         }
+
+    def add_evaluation(self, scores, epochs):
+        """Add what networks of so many epochs reached on what is evaluated now."""
+        self.evaluations.add(scores, self.alpha, self.losses, self.seconds, epochs)
 
     def resume(self, iterations, evaluator):
         """Continue a run that may have been finished, and may be evaluated in another way."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import filelock
 import torch
 
-from process import ReportedError, first_line, is_out_of_memory
+from system.process import ReportedError, first_line, is_out_of_memory
 
 TEMPORARY = ".eurosat-mtt.tmp"  # how the name of every unfinished file ends, and no other
 
@@ -213,13 +213,7 @@ def read_run(folder):
     """
     path = folder / RUN_RECORD
     try:
-        record = read_json(path, settings=dict, flags=(dict, list), wandb_id=str)
-        if isinstance(record["flags"], list):
-            raise ReportedError(
-                f"{path} was written by an earlier version: use that to resume or evaluate it, "
-                "or start under another --run_name"
-            )
-        return RunRecord(**record)
+        return RunRecord(**read_json(path, settings=dict, flags=dict, wandb_id=str))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -231,21 +225,23 @@ def read_run(folder):
 def start_run(folder, settings, flags, may_change=()):
     """The record of the run in `folder`, new or resumed; settings in `may_change` may differ.
 
-    Raises ReportedError if it was started with other settings.
+    A setting that one of them lacks has its default there, as the flags say. Raises ReportedError
+    if the run was started with other settings.
     """
     record = read_run(folder)
     if record is None:
         record = RunRecord(settings, flags, uuid.uuid4().hex[:8])
         write_json(folder / RUN_RECORD, asdict(record))
         return record
-    different = {key for key in settings if record.settings.get(key) != settings[key]}
-    if different - set(may_change) == {"experts"}:
+    names = sorted((settings.keys() | record.settings.keys()) - set(may_change))
+    before = {name: record.settings.get(name, record.flags.get(name)) for name in names}
+    now = {name: settings.get(name, flags.get(name)) for name in names}
+    if {name for name in names if before[name] != now[name]} == {"experts"}:
         raise ReportedError(
             f"{folder} was started with other experts: some were added, removed or retrained. "
             "Use the same (another --buffer_path), or start again under another --run_name"
         )
-    course = {key: value for key, value in settings.items() if key not in may_change}
-    check_record(folder, record.settings, course, "--run_name")
+    check_record(folder, before, now, "--run_name")
     return record
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import files
-from process import ReportedError, first_line, progress
+from system import files
+from system.process import ReportedError, first_line, progress
 
 
 class Images(NamedTuple):

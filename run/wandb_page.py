@@ -9,20 +9,9 @@ from pathlib import Path
 import numpy as np
 import wandb
 
-import process
-from process import first_line
-from report import classes_in_order, clip, draw_grid, is_kept, run_title
-
-PROJECT = "DatasetDistillation"
-
-
-def options(args):
-    """Where a run is logged on Weights & Biases, as arguments of `Dashboard`."""
-    return {
-        "mode": args.wandb_mode,
-        "project": args.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT,
-        "entity": args.wandb_entity,
-    }
+from run.report import clip, draw_grid
+from system import process
+from system.process import first_line
 
 
 class Dashboard:
@@ -117,19 +106,6 @@ def logged_in():
         return False
 
 
-def evaluation_log(run, data, state, force_save):
-    """MTT's keys for the latest evaluation and, if they are kept, for the images."""
-    log = score_log(state.evaluations.comparable)
-    if is_kept(run, state):
-        images = state.images.cpu()
-        labels = classes_in_order(images, state)
-        log["Pixels"] = wandb.Histogram(images)
-        if run.settings["ipc"] < 50 or force_save:
-            title = f"{run_title(run)}, iteration {len(state.losses)}"
-            log |= picture_log(images, labels, data, title)
-    return log
-
-
 def score_log(rows):
     """MTT's keys for the latest of `rows`; `Loss` is the mean since the previous evaluation."""
     log = {} if rows[-1]["loss"] is None else {"Loss": rows[-1]["loss"]}
@@ -145,19 +121,23 @@ def score_log(rows):
     return log
 
 
-def picture_log(images, labels, data, title):
-    """MTT's keys for pictures of the images, clipped and not, with ZCA also whitening undone."""
-    log = {"Synthetic_Pixels": wandb.Histogram(images)}
-    views = {"Synthetic": images}
-    if data.zca:
-        views["Reconstructed"] = data.to_pixels(images)
-        log["Reconstructed_Pixels"] = wandb.Histogram(views["Reconstructed"])
-    names = ", ".join(dict.fromkeys(data.classes[label] for label in labels))
-    for name, view in views.items():
-        keys = {f"{name}_Images": view, f"Clipped_{name}_Images/std_2.5": clip(view)}
+def histogram(images):
+    return wandb.Histogram(images)
+
+
+def picture_log(views, names, title):
+    """MTT's keys for pictures of images, clipped and not.
+
+    views  images (K, C, S, S) by their kind: "Synthetic", with ZCA also "Reconstructed"
+    names  a text for each image
+    """
+    log = {}
+    caption = f"{title}: {', '.join(dict.fromkeys(names))}"
+    for kind, images in views.items():
+        log[f"{kind}_Pixels"] = wandb.Histogram(images)
+        keys = {f"{kind}_Images": images, f"Clipped_{kind}_Images/std_2.5": clip(images)}
         for key, shown in keys.items():
-            grid = draw_grid(shown, labels, title, data.classes)
-            log[key] = wandb.Image(grid, caption=f"{title}: {names}")
+            log[key] = wandb.Image(draw_grid(shown, names, title), caption=caption)
     return log
 
 

@@ -1,6 +1,6 @@
 """The tables of all flags in docs/hyperparameters.md, made from the parsers.
 
-    python tests/flags.py
+    python docs/make_flags.py
 
 writes them between the page's two marks; a test compares.
 """
@@ -10,25 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli  # found through the line above
-import distillation
+import distillation  # found through the line above
 import expert_trajectories
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "hyperparameters.md"
-BEGIN, END = "<!-- made by tests/flags.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- made by docs/make_flags.py -->\n", "<!-- end -->\n"
 
 
 def parsers():
     """The parser of each script, by its name."""
-    made = {}
-    for script, add_flags, batch_train in (
-        ("expert_trajectories.py", expert_trajectories.add_flags, 128),
-        ("distillation.py", distillation.add_flags, 256),
-    ):
-        made[script] = cli.Parser("")
-        cli.add_shared_flags(made[script], batch_train)
-        add_flags(made[script])
-    return made
+    scripts = expert_trajectories, distillation
+    return {f"{script.__name__}.py": script.make_parser() for script in scripts}
 
 
 def tables():
@@ -49,7 +41,8 @@ def rows(parser):
     for group in parser.topics.values():
         for action in group._group_actions:
             flag = action.option_strings[0]
-            value = f"={action.metavar}" if action.metavar else ""
+            takes_value = action.nargs != 0
+            value = f"={action.metavar or action.dest.upper()}" if takes_value else ""
             if flag == "--device":  # its default depends on the machine
                 continue
             cells = f"`{flag}{value}`".replace("=BOOL", ""), action.help

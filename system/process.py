@@ -180,6 +180,18 @@ class Interval:
         return True
 
 
+class TimeLeft:
+    """`time_left(done)`: how long the rest of `total` items takes, at the pace since the start."""
+
+    def __init__(self, total):
+        self.total = total
+        self.start = time.monotonic()
+
+    def __call__(self, done):
+        seconds = (time.monotonic() - self.start) / done * (self.total - done)
+        return f"about {duration(seconds)} left"
+
+
 def write_line(text):
     """Print a line above any bar, without buffering, even to a file or a pipe."""
     tqdm.write(text)
@@ -354,9 +366,13 @@ def read_memory(path, key):
         return None
 
 
+VERSION = "1.0"  # of this project
+
+
 def versions():
     """The versions that a result depends on."""
     return {
+        "eurosat-mtt": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version("torchvision"),

@@ -1,13 +1,13 @@
 """How a run is shown: tables, pictures, curves."""
 
+from dataclasses import dataclass
+
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-import files
-import process
-from scores import spread, to_json
+from evaluation import spread
+from system import files, process
 
 # --------------------------------------------------------------------------------------------------
 # Tables
@@ -41,63 +41,22 @@ def scores_table(scores, classes):
     return "\n".join(lines)
 
 
-def opening(run, inputs, state):
-    """What a run prints first."""
-    it = len(state.losses)
-    if state.finished:
-        return f"finished before, at iteration {it}; to start from scratch, remove {run.folder}"
-    experts = len(inputs.experts.members)
-    lines = [
-        f"synthetic images: {len(state.images)}, experts: {experts}; results in {run.folder}",
-        run.dashboard.where_to_look(),
-    ]
-    if state.seconds_before:
-        lines.append(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
-    return "\n".join([*lines, EVALUATION_HEADER])
+def closing_table(rows):
+    """What networks learned from: rows of a title, α (None: not theirs), and scores by network.
 
-
-def closing_table(run, inputs, state):
-    """What networks learn from real images, from the distilled ones, and from all real ones."""
-    best = state.evaluations.best
-    rows = [("trained on", "α", "network", f"{'validation':^16}   {'test':^16}")]
-    count = len(state.images)
-    of_tiles = f" of {tiles} tiles" if (tiles := len(state.label_syn) // count) > 1 else ""
-    kinds = [f"{count} random real images{of_tiles}", "the same, at the learned α"]
-    kinds = [*kinds[: len(state.baselines)], f"{count} distilled images{of_tiles}"]
-    rows_of = zip(kinds, [*state.baselines, best])
-    for images, row in rows_of:
-        for network, scores in row["scores"].items():
-            rows.append((images, f"{row['syn_lr']:.5f}", network, scores))
-    if accuracies := inputs.experts.test_accuracies:
-        images = f"all {len(inputs.data.train[1])} training images"
-        rows.append((images, "", "(experts)", f"{'':16}   {spread(accuracies)}"))
-    width = max(27, *(len(images) for images, *_ in rows))
-    lines = [f"{row[0]:{width}} {row[1]:>8}   {row[2]:12} {row[3]}" for row in rows]
-    names = "images_best.pt, curves.png, animation.gif, results.json, ..."
-    return "\n".join(
-        ["", f"Best iteration: {best['iteration']}", *lines, f"Files: {run.folder} ({names})"]
-    )
+    Scores are `evaluation.Scores`, or text.
+    """
+    lines = [("trained on", "α", "network", f"{'validation':^16}   {'test':^16}")]
+    for title, alpha, scores in rows:
+        alpha = "" if alpha is None else f"{alpha:.5f}"
+        lines += [(title, alpha, network, score) for network, score in scores.items()]
+    width = max(27, *(len(title) for title, *_ in lines))
+    return "\n".join(f"{row[0]:{width}} {row[1]:>8}   {row[2]:12} {row[3]}" for row in lines)
 
 
 def memory_line(peaks):
     """A line for the peak memory of each rank, in bytes."""
     return f"Peak memory by rank: {', '.join(f'{(peak or 0) / 1e9:.2f}' for peak in peaks)} GB"
-
-
-def save_results(run, inputs, state):
-    """results.json: settings, versions, all evaluations, and what they are compared with."""
-    results = {
-        "settings": run.settings,
-        "data": inputs.data.settings,
-        "experts": len(inputs.experts.members),
-        "versions": process.versions(),
-        "device": process.describe(state.label_syn.device, run.settings["amp"]),
-        "best_iteration": state.evaluations.best["iteration"],
-        "evaluations": to_json(state.evaluations.rows),
-        "random_real": to_json(state.baselines),
-        "experts_test_accuracy": inputs.experts.test_accuracies,
-    }
-    files.write_json(run.folder / "results.json", results)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,11 +84,11 @@ def draw_image(image, pixels=False):
     return Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy())
 
 
-def draw_grid(images, labels, title, classes, pixels=False):
-    """A labelled picture of images (B, 3, H, W) in their order, each as `draw_image` scales it.
+def draw_grid(images, names, title, pixels=False):
+    """A picture of images (B, 3, H, W) in their order, each as `draw_image` scales it.
 
-    Rows of ten, or of five for up to ten images. `classes` names the labels (B,). The title says if
-    a picture of all images would be too large.
+    Rows of ten, or of five for up to ten images. `names` has a text for each. The title says if a
+    picture of all images would be too large.
     """
     few = len(images) <= 10
     columns = 5 if few else 10
@@ -152,56 +111,10 @@ def draw_grid(images, labels, title, classes, pixels=False):
         tile = Image.new("RGB", (width * scale, cell_h), "white")  # cuts names that are too long
         image = draw_image(images[index], pixels)
         tile.paste(image.resize((width * scale, height * scale), Image.Resampling.NEAREST))
-        name = classes[labels[index]]
-        ImageDraw.Draw(tile).text((0, height * scale + 2), name, fill="black", font=font)
+        ImageDraw.Draw(tile).text((0, height * scale + 2), names[index], fill="black", font=font)
         row, column = divmod(index, columns)
         picture.paste(tile, (gap + column * cell_w, head + row * cell_h))
     return picture
-
-
-def progress(state, iterations):
-    """The remaining iterations, one more than the updates, with a bar on a terminal."""
-    done = len(state.losses)
-    numbers = range(done, iterations + 1)
-    bar = {"initial": done, "total": iterations, "desc": "distilling", "unit": "iterations"}
-    return process.progress(numbers, **bar)
-
-
-def run_title(run):
-    return f"{run.settings['dataset']}, {run.settings['model']}"
-
-
-def save_images(run, data, state):
-    """Save a picture of the synthetic images and, if `is_kept`, their tensors."""
-    it = len(state.losses)
-    images = state.images.cpu()
-    labels = classes_in_order(images, state)
-    pixels = clip(data.to_pixels(images))
-    title = f"{run_title(run)}, iteration {it}"
-    grid = draw_grid(pixels, labels, title, data.classes, pixels=True)
-    save_picture(run.folder / f"grid_{it:06d}.png", grid)
-    if is_kept(run, state):
-        # Bare tensors: images_*.pt and labels_*.pt are what MTT's tools read.
-        syn_lr = torch.tensor(state.alpha)
-        tensors = {"images": images, "labels": state.labels.cpu(), "syn_lr": syn_lr}
-        if data.zca:
-            tensors["images_zca"] = data.to_pixels(images)
-        tags = [it, "best"] if state.evaluations.latest_is_best else [it]
-        for name, tensor in tensors.items():
-            for tag in tags:
-                files.write_tensors(run.folder / f"{name}_{tag}.pt", tensor.clone())
-
-
-def classes_in_order(images, state):
-    """The class of each image (K,), from those of its tiles."""
-    return state.label_syn[:: len(state.label_syn) // len(images)].cpu()
-
-
-def is_kept(run, state):
-    """Whether images are kept: at a new best, every 1000 iterations, and at the end."""
-    it = len(state.losses)
-    is_last = it == run.settings["Iteration"]
-    return state.evaluations.latest_is_best or it % 1000 == 0 or is_last
 
 
 def save_picture(path, picture, **options):
@@ -228,20 +141,30 @@ def save_animation(folder):
 # Curves
 
 
-def save_curves(run, state):
-    """`curves.png`: accuracy, matching loss and α against the iteration."""
-    rows = state.evaluations.comparable
+@dataclass(frozen=True)
+class Curves:
+    """What curves.png shows."""
+
+    title: str
+    rows: list  # comparable evaluations, oldest first
+    baselines: list  # evaluations of random real images
+    losses: list  # of each iteration
+    loss_title: str
+    standstill: float | None  # the loss of a student that does not move, if known
+
+
+def save_curves(path, curves):
+    """Draw accuracy, loss and α against the iteration."""
     figure = Figure(figsize=(16, 4.5), layout="constrained")
-    ipc, seed = run.settings["ipc"], run.settings["seed"]
-    figure.suptitle(f"{run_title(run)}, images per class: {ipc}, seed {seed}")
+    figure.suptitle(curves.title)
     accuracy, loss, alpha = figure.subplots(1, 3)
-    plot_accuracy(accuracy, rows, state.baselines)
-    plot_loss(loss, state.losses, run.settings["objective"])
-    alpha.plot([row["iteration"] for row in rows], [row["syn_lr"] for row in rows], marker=".")
+    plot_accuracy(accuracy, curves.rows, curves.baselines)
+    plot_loss(loss, curves)
+    iterations = [row["iteration"] for row in curves.rows]
+    alpha.plot(iterations, [row["syn_lr"] for row in curves.rows], marker=".")
     alpha.set(xlabel="iteration", ylabel="α, the learned step size")
     for axis in (accuracy, loss, alpha):
         axis.grid(alpha=0.3)
-    path = run.folder / "curves.png"
     files.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
@@ -266,7 +189,8 @@ def plot_accuracy(axis, rows, baselines):
     axis.legend(fontsize="small")
 
 
-def plot_loss(axis, losses, objective):
+def plot_loss(axis, curves):
+    losses = curves.losses
     window = max(1, len(losses) // 50)
     opacity = 0.3 if window > 1 else 1
     axis.plot(losses, color="C0", alpha=opacity, linewidth=0.8, label="each iteration")
@@ -274,8 +198,9 @@ def plot_loss(axis, losses, objective):
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         middle = np.arange(len(smooth)) + window // 2
         axis.plot(middle, smooth, color="C0", label=f"mean of {window}")
-    if objective == "trajectory":
-        axis.axhline(1, color="grey", linestyle=":", label="a student that does not move")
-    name = {"trajectory": "matching loss", "loss": "loss on real images"}[objective]
-    axis.set(xlabel="iteration", ylabel=name)
+    if curves.standstill is not None:
+        axis.axhline(
+            curves.standstill, color="grey", linestyle=":", label="a student that does not move"
+        )
+    axis.set(xlabel="iteration", ylabel=curves.loss_title)
     axis.legend(fontsize="small")

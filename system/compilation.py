@@ -12,8 +12,7 @@ import torch._inductor.config
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from process import first_line, is_out_of_memory, write_line
-from utils import apply_group
+from system.process import first_line, is_out_of_memory, write_line
 
 # --------------------------------------------------------------------------------------------------
 # The compiler
@@ -99,21 +98,20 @@ class Compiler:
 
         return self.retrying(call)
 
-    def augmentation(self, device):
-        """A function like `apply_group`. On CUDA, each group is compiled at its first call.
+    def on_gpu(self, function, device):
+        """A function of small operations, on CUDA compiled at its first call with each shape.
 
-        There, a group has dozens of small kernels, which take longer to launch than to run. On a
-        CPU, compiling would take longer than it saves.
+        There, they take longer to launch than to run. On a CPU, compiling would take longer than it
+        saves.
         """
         if device.type != "cuda" or not self.compile:
-            return apply_group
-        compiled = torch.compile(apply_group, dynamic=False)
+            return function
+        compiled = torch.compile(function, dynamic=False)
 
-        def apply(x, group, parameters):
-            runs = compiled if self.compiles and group != "plain" else apply_group  # SciPy's
-            return runs(x, group, parameters)
+        def run(*args):
+            return (compiled if self.compiles else function)(*args)
 
-        return apply
+        return run
 
     def retrying(self, function):
         """A pure function that is retried with less compilation, if compilation may have failed.

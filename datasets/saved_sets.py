@@ -1,5 +1,6 @@
-"""Saved sets of synthetic images, of this project and of other tools: read, checked, exported."""
+"""Saved sets of synthetic images, of this project and of other tools: written, read, checked."""
 
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -8,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import files
-import report
-from preprocessing import Data
-from process import ReportedError
+from datasets.preprocessing import PIX_INIT
+from system import files
+from system.process import ReportedError
 
 # What a flag takes besides saved sets.
 OTHERS = {"--evaluate": "random, herding, k_center, full", "--pix_init": "real, noise"}
@@ -126,7 +126,7 @@ def load_set(what, form, factor, flag):
     """Images (N, 3, H, H) float32, and labels, of a saved set: classes, or probabilities.
 
     Labels are those of the factor² tiles of each image. Raises ReportedError if they are missing,
-    or do not fit this `datasets.Form`.
+    or do not fit this `preprocessing.Form`.
     """
     found = find_set(what, flag)
     for name, part in (("images", found.images), ("labels", found.labels)):
@@ -148,10 +148,10 @@ def load_set(what, form, factor, flag):
     if not (fits and is_label_set(labels, count, form)):
         size, last = form.im_size, form.num_classes - 1
         raise ReportedError(
-            f"{flag}: {what} holds no synthetic images of these classes: (N, 3, {size}, {size}) "
-            f"float32, finite, and labels (N,) int64 from 0 to {last}, or probabilities (N, "
-            f"{last + 1}) float32; found images {description(found.images)} and labels "
-            f"{description(found.labels)}"
+            f"{flag}: {what} holds no synthetic images of these classes: (N, {form.channels}, "
+            f"{size}, {size}) float32, finite, and labels (N,) int64 from 0 to {last}, or "
+            f"probabilities (N, {last + 1}) float32; found images {description(found.images)} and "
+            f"labels {description(found.labels)}"
         )
     return images, labels
 
@@ -196,7 +196,7 @@ def description(found):
 def is_image_set(images, form):
     if not (is_plain(images) and images.dtype == torch.float32):
         return False
-    if images.dim() != 4 or not len(images) or images.shape[1] != 3:
+    if images.dim() != 4 or not len(images) or images.shape[1] != form.channels:
         return False
     height, width = images.shape[2:]
     return height == width >= form.im_size and bool(images.isfinite().all())
@@ -216,13 +216,13 @@ def is_label_set(labels, count, form):
 def check_set(what, images, texture, settings, form, flag):
     """Raise ReportedError if images were made for other data, or need --texture.
 
-    `settings` are those of the data, and `form` their `datasets.Form`.
+    `settings` are those of the data, and `form` their `preprocessing.Form`.
     """
     folder = saved_folder(what)
     if record := files.read_run(folder):  # MTT's sets have none
         now = {key: settings[key] for key in ("dataset", "zca", "val_fraction")}
         now |= {"data": settings["digest"], "texture": texture}
-        files.check_record(folder, record.settings, now, "set")
+        files.check_record(folder, record.flags | record.settings, now, "set")
     if images.shape[2] != form.im_size and not texture:
         raise ReportedError(
             f"{flag}: the images of {what} have {images.shape[2]} pixels a side, not "
@@ -244,26 +244,43 @@ def classes_of(labels):
     return torch.arange(num_classes, device=labels.device).repeat_interleave(count // num_classes)
 
 
-def export_set(folder, images, labels, syn_lr, data: Data):
-    """Write a synthetic set for other tools: PNGs in class folders, and dd_ranking.pt.
+def save_set(folder, tag, images, labels, syn_lr):
+    """Write a set as MTT's tools read it: bare tensors images_{tag}.pt and labels_{tag}.pt.
 
-    The PNGs are for viewing: clipped and scaled. DD-Ranking's dictionary has what networks learn
-    from. Raises ReportedError if the folder already has images.
-
-    Every class has a folder, so that `ImageFolder` numbers them alike.
+    images  (K, C, S, S)
+    labels  classes (n,), or probabilities (n, classes)
+    syn_lr  α, written to syn_lr_{tag}.pt
     """
-    if (folder / "images").exists():
+    content = {"images": images, "labels": labels, "syn_lr": torch.tensor(syn_lr)}
+    for name, tensor in content.items():
+        files.write_tensors(folder / f"{name}_{tag}.pt", tensor.cpu().clone())
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run starts from
+
+
+def pix_init(text):
+    """A value of --pix_init: one of PIX_INIT, or the path of a saved set."""
+    return text if text in PIX_INIT else expanded(text)
+
+
+def initial_set(pix_init, layout, data, generator):
+    """The initial images (K, C, S, S) and labels of a run, and what --pix_init stands for.
+
+    Labels are those of the tiles: classes, or probabilities of a saved set. Raises ReportedError if
+    a saved set does not have this `preprocessing.Layout`, or was made for other data.
+    """
+    if pix_init in PIX_INIT:
+        return *PIX_INIT[pix_init](data, layout, generator), pix_init
+    images, labels = load_set(pix_init, data.form, layout.factor, "--pix_init")
+    check_set(pix_init, images, layout.canvas_size > 1, data.settings, data.form, "--pix_init")
+    shape = layout.shape(data.form)
+    if images.shape != shape:
         raise ReportedError(
-            f"--export={folder}: there are images already: remove them, or name another folder"
+            f"--pix_init: {pix_init} holds images {tuple(images.shape)}, not {shape}: change "
+            "--ipc, or with --texture --canvas_size"
         )
-    pixels = report.clip(data.to_pixels(images))
-    classes = classes_of(labels)
-    for label, name in enumerate(data.classes):
-        (folder / "images" / name).mkdir(parents=True)
-        for number, image in enumerate(pixels[classes == label]):
-            path = folder / "images" / name / f"{number:04d}.png"
-            report.save_picture(path, report.draw_image(image, pixels=True))
-    content = {"image_tensor": images, "hard_labels": classes, "syn_lr": syn_lr}
-    if labels.dim() == 2:
-        content["soft_labels"] = labels
-    files.write_tensors(folder / "dd_ranking.pt", content)
+    digest = hashlib.sha256(images.numpy())
+    digest.update(labels.numpy())
+    return images, labels, f"set {digest.hexdigest()[:16]}"

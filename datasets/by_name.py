@@ -1,0 +1,114 @@
+"""Data sets by name: the table `DATASETS`, and how its rows are read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat
+from datasets.folders import image_folders, load_image_folder
+from datasets.pictures import Images, data_digest
+from datasets.preprocessing import ZCA_EPS, Form, Raw, channel_statistics, split_dataset
+from datasets.toysat import draw_toysat
+from system import files
+from system.process import ReportedError, first_line
+
+
+def load_toysat(data_path, im_size=IM_SIZE, per_class=300):
+    """`Images` of ToySAT, a drawn stand-in for EuroSAT; `data_path` is not read."""
+    images, labels = map(torch.from_numpy, draw_toysat(per_class))
+    # A version instead of a digest, since the last bit of a sine differs between processors.
+    # Increment it with every change to the drawing, so that older experts and caches no longer fit.
+    version = f"toysat-1-{per_class}"
+    if im_size != IM_SIZE:
+        images = F.interpolate(images.float(), size=im_size, mode="area").round().byte()
+        version += f"-{im_size}"
+    return Images(images, labels, version, CLASS_NAMES)
+
+
+def load_cifar(name, data_path):
+    """`Images`, 32×32, of "CIFAR10" or "CIFAR100", as torchvision reads them.
+
+    torchvision unpickles the files, but verifies their checksums first. Raises ReportedError if
+    they are missing or damaged and cannot be downloaded.
+    """
+    from torchvision import datasets  # when needed: it takes a third of a script's start
+
+    dataset = getattr(datasets, name)
+    with files.locked(data_path, reader=True):
+        if not any((data_path / part).exists() for part in (dataset.base_folder, dataset.filename)):
+            print(f"{name} is not in {data_path}; downloading it (170 MB)", flush=True)
+        try:
+            parts = [dataset(data_path, train=train, download=True) for train in (True, False)]
+        except Exception as error:  # torchvision passes on whatever the network raises
+            raise ReportedError(
+                f"{name} is not in --data_path={data_path}, or is damaged, and the download failed "
+                f"({first_line(error)}). Put {dataset.filename} there ({dataset.url}), or run once "
+                "with access to the network"
+            ) from None
+    pixels = torch.from_numpy(np.concatenate([part.data for part in parts]))  # (N, H, W, 3)
+    images = pixels.permute(0, 3, 1, 2).contiguous()
+    labels = torch.tensor([label for part in parts for label in part.targets])
+    num_test = len(parts[1])
+    digest = data_digest(images, labels, num_test)
+    return Images(images, labels, digest, tuple(parts[0].classes), num_test)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    load: Callable  # makes `Images` from --data_path and, if it `scales`, the side of the images
+    num_classes: int | None = None  # None: as many as the folder has
+    im_size: int = IM_SIZE  # side of the images in pixels
+    scales: bool = False  # to any side
+    # Mean and standard deviation of each channel, in [0, 1]; None: of the training images.
+    statistics: tuple | None = None
+
+
+EUROSAT_STATISTICS = [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]  # ToySAT's are close
+CIFAR_STATISTICS = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]  # MTT's, for both
+
+DATASETS = {  # --dataset
+    "EuroSAT": DataSet(load_eurosat, 10, statistics=EUROSAT_STATISTICS),
+    "ToySAT": DataSet(load_toysat, 10, scales=True, statistics=EUROSAT_STATISTICS),
+    "CIFAR10": DataSet(partial(load_cifar, "CIFAR10"), 10, 32, statistics=CIFAR_STATISTICS),
+    "CIFAR100": DataSet(partial(load_cifar, "CIFAR100"), 100, 32, statistics=CIFAR_STATISTICS),
+    "ImageFolder": DataSet(load_image_folder, scales=True),
+}
+
+
+def form_of(dataset, data_path, im_size):
+    """The `Form` of a data set, before its images are read; `im_size` None: its own side.
+
+    Raises ReportedError for a side other than its own, unless it scales.
+    """
+    source = DATASETS[dataset]
+    if im_size not in (None, source.im_size) and not source.scales:
+        raise ReportedError(
+            f"--im_size={im_size}: the images of {dataset} have {source.im_size} pixels a side: "
+            "leave the flag out, or use --dataset=ImageFolder, which scales"
+        )
+    num_classes = source.num_classes or len(image_folders(data_path)[0])
+    return Form(num_classes, im_size or source.im_size)
+
+
+def read_dataset(name, data_path, im_size, val_fraction, zca):
+    """Read and split a data set of `DATASETS`: `Raw` images, with the settings of their use.
+
+    `im_size` is as in `form_of`. Raises ReportedError if the data is unavailable.
+    """
+    source = DATASETS[name]
+    form = form_of(name, data_path, im_size)
+    read = source.load(data_path, form.im_size) if source.scales else source.load(data_path)
+    split = split_dataset(read.labels, val_fraction, read.classes, read.num_test)
+    settings = {"dataset": name, "digest": read.digest, "val_fraction": val_fraction, "zca": zca}
+    if source.scales:
+        settings["im_size"] = form.im_size
+    if zca:
+        settings["zca_eps"] = ZCA_EPS
+    else:
+        statistics = source.statistics or channel_statistics(read.images[split.train])
+        settings |= dict(zip(("mean", "std"), statistics))
+    return Raw(read.images, read.labels, split, read.classes, settings, data_path)

@@ -1,0 +1,172 @@
+"""The command --evaluate: networks trained on real images or on a saved set; and its --export."""
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+
+import evaluation
+import trajectories
+import utils
+from datasets import by_name
+from datasets.preprocessing import CORESETS, Data, Layout, coreset
+from datasets.saved_sets import check_set, classes_of, load_set, saved_folder
+from run import report
+from run.state import LABELS
+from system import files, machine, process
+from system.process import ReportedError
+from trajectories import load_experts
+
+REAL_SETS = ("random", *CORESETS, "full")  # of --evaluate
+
+
+def is_saved(what):
+    """Whether --evaluate names a saved set."""
+    return what is not None and what not in REAL_SETS
+
+
+# --------------------------------------------------------------------------------------------------
+# Real images
+
+
+def real_set(args, data, place):
+    """Images and labels of one of REAL_SETS, as --ipc, --factor, --labels and --seed describe it.
+
+    Coresets are chosen by the experts' features. Soft labels are the experts' probabilities.
+    """
+    what, soft = args.evaluate, LABELS[args.labels].soft
+    if what in CORESETS or soft:
+        student = evaluation.make_student(args.model, data.form, place.amp, data.device)
+        experts = matching_experts(args, data, student)
+    if what == "full":
+        images, labels = data.train
+    elif what == "random":
+        layout = Layout(args.ipc, args.factor)
+        images, labels = evaluation.random_real_sets(data, layout, args.num_eval, args.seed)
+    else:
+        features = partial(experts.features, student)
+        images, labels = coreset(data, args.ipc, CORESETS[what], features)
+    if soft:
+        tiles = utils.decode(images.flatten(0, -4), args.factor)
+        logits = experts.logits(student, tiles, args.label_epoch)
+        labels = logits.softmax(1).unflatten(0, labels.shape)
+    return images, labels
+
+
+def matching_experts(args, data, student):
+    """The experts of this network on these data."""
+    folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
+    experts = load_experts(
+        folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
+    )
+    experts.check_settings(data.settings | {"model": args.model})
+    experts.check_label_epoch(args.label_epoch)
+    return experts
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(args, settings):
+    """Train networks on what --evaluate names, print a table, and write evaluation.json.
+
+    `settings` are the flags that a result depends on.
+    """
+    place = machine.set_up(args.device, args.compile, args.amp)
+    print(place, flush=True)
+    form = by_name.form_of(args.dataset, args.data_path, args.im_size)
+    pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
+    saved = None
+    if is_saved(args.evaluate):
+        saved = load_set(args.evaluate, form, args.factor, "--evaluate")
+    alpha = args.lr_teacher
+    if alpha is None:
+        raise ReportedError(
+            f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the step "
+            "size to train with"
+        )
+    raw = by_name.read_dataset(
+        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
+    )
+    if saved:
+        check_set(args.evaluate, saved[0], args.texture, raw.settings, form, "--evaluate")
+    data = raw.preprocessed(place.device)
+    if args.export:
+        return export(args.export, saved, alpha, data, place.ranks, args.factor)
+
+    evaluator = evaluation.make_evaluator(args, data, pool, place)
+    if saved:
+        images, labels = saved
+        title = f"images of {args.evaluate}"
+    else:
+        evaluator = evaluation.of_real_images(evaluator)
+        images, labels = real_set(args, data, place)
+        if args.evaluate != "full" and place.ranks.size > 1:  # rounding may choose otherwise
+            images, labels = place.ranks.from_first((images.cpu(), labels.cpu()))
+        title = "training images" if args.evaluate == "full" else f"real images ({args.evaluate})"
+        if LABELS[args.labels].soft:
+            title += ", labelled by the experts"
+    key = args.seed, "saved"
+    scores = evaluator(images.to(place.device), labels.to(place.device), alpha, key)
+
+    count = images.shape[-4]
+    print(f"{count} {title}; networks: {args.num_eval}, ", end="")
+    print(f"epochs: {args.epoch_eval_train}, α = {alpha:.5f}\n")
+    print(report.scores_table(scores, data.classes))
+    if place.ranks.is_first:
+        settings = settings | {"amp": place.amp, "data": data.settings["digest"]}
+        row = {"evaluated": args.evaluate, "images": count, "syn_lr": alpha, "scores": scores}
+        (content,) = evaluation.to_json([row])
+        content |= {"settings": settings, "data": data.settings, "device": str(place)}
+        content |= {"versions": process.versions()}
+        path = evaluation_folder(args, settings) / "evaluation.json"
+        files.write_json(path, content)
+        print(f"\nFiles: {path}")
+
+
+def evaluation_folder(args, settings):
+    """Where an evaluation is written: a folder named after it and its settings."""
+    known = settings | {"evaluate": args.evaluate, "lr_teacher": args.lr_teacher}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:6]
+    chosen = args.evaluate == "random" or args.evaluate in CORESETS
+    name = f"{args.evaluate}_ipc{args.ipc}" if chosen else Path(args.evaluate).resolve().stem
+    return args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}_{digest}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Export
+
+
+def export(folder, saved, alpha, data, ranks, factor):
+    """Write a saved set for other tools, its tiles enlarged."""
+    images, labels = saved
+    images = utils.decode(images, factor)
+    if ranks.is_first:
+        export_set(folder, images, labels, alpha, data)
+    print(f"{len(images)} images exported to {folder}")
+
+
+def export_set(folder, images, labels, syn_lr, data: Data):
+    """Write a synthetic set for other tools: PNGs in class folders, and dd_ranking.pt.
+
+    The PNGs are for viewing: clipped and scaled. DD-Ranking's dictionary has what networks learn
+    from. Raises ReportedError if the folder already has images.
+
+    Every class has a folder, so that `ImageFolder` numbers them alike.
+    """
+    if (folder / "images").exists():
+        raise ReportedError(
+            f"--export={folder}: there are images already: remove them, or name another folder"
+        )
+    pixels = report.clip(data.to_pixels(images))
+    classes = classes_of(labels)
+    for label, name in enumerate(data.classes):
+        (folder / "images" / name).mkdir(parents=True)
+        for number, image in enumerate(pixels[classes == label]):
+            path = folder / "images" / name / f"{number:04d}.png"
+            report.save_picture(path, report.draw_image(image, pixels=True))
+    content = {"image_tensor": images, "hard_labels": classes, "syn_lr": syn_lr}
+    if labels.dim() == 2:
+        content["soft_labels"] = labels
+    files.write_tensors(folder / "dd_ranking.pt", content)

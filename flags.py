@@ -1,0 +1,372 @@
+"""The flags of both scripts, by topic, and which of them exclude each other."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from cli import (
+    PRESETS,
+    boolean,
+    choice,
+    count,
+    dataset,
+    folder_name,
+    folder_path,
+    fraction,
+    model,
+    not_negative,
+    number,
+    positive,
+    strategy,
+    wandb_name,
+)
+from datasets import saved_sets
+from datasets.by_name import DATASETS, IM_SIZE
+from datasets.preprocessing import CORESETS
+from evaluate_set import REAL_SETS, is_saved
+from evaluation import EVAL_POOLS
+from objectives import OBJECTIVES
+from reparam_module import UNROLLS
+from run.state import IMAGE_OPTIMIZERS, LABELS, STEP_SIZE_OPTIMIZERS
+from utils import DSA_STRATEGY
+
+WANDB_PROJECT = "DatasetDistillation"
+
+# --------------------------------------------------------------------------------------------------
+# Flags of both scripts
+
+
+def add_shared_flags(parser, batch_train):
+    """Add the flags of both scripts; `batch_train` is the script's own default batch size."""
+    has_cuda = torch.cuda.is_available()
+    side = number(int, 2, below=4097)
+    add = parser.topic("data")
+    add(
+        "--preset",
+        type=choice(PRESETS),
+        help=f"named settings; other flags override: {', '.join(PRESETS)}",
+    )
+    add("--dataset", type=dataset, default="EuroSAT", metavar="NAME", help=", ".join(DATASETS))
+    add(
+        "--data_path",
+        type=folder_path,
+        default=Path("data"),
+        help="folder of the data set and its caches",
+    )
+    add("--im_size", type=side, help=f"image side, for ImageFolder and ToySAT (default: {IM_SIZE})")
+    add(
+        "--zca",
+        type=boolean,
+        default=False,
+        help="ZCA whitening instead of per-channel normalisation",
+    )
+    add(
+        "--val_fraction",
+        type=fraction,
+        default=0.1,
+        metavar="[0,1)",
+        help="share of training images to select the best iteration on; 0: the test set",
+    )
+    add(
+        "--buffer_path",
+        type=folder_path,
+        default=Path("buffers"),
+        help="folder of the expert trajectories",
+    )
+
+    add = parser.topic("network and training")
+    add(
+        "--model",
+        type=model,
+        default="ConvNet",
+        help="ConvNet and variants (ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16",
+    )
+    add(
+        "--lr_teacher",
+        type=positive,
+        default=0.01,
+        help="experts' learning rate, and the initial α",
+    )
+    add("--batch_train", type=count, default=batch_train, help="batch size for training networks")
+    add(
+        "--dsa",
+        type=boolean,
+        default=True,
+        help="differentiable Siamese augmentation; False: plain",
+    )
+    add(
+        "--dsa_strategy",
+        type=strategy,
+        default=DSA_STRATEGY,
+        help="DSA groups, one of which is drawn per batch",
+    )
+
+    add = parser.topic("machine")
+    add(
+        "--seed",
+        type=number(int, 0, below=2**31),
+        default=0,
+        metavar="N",
+        help="seed of everything random",
+    )
+    add("--device", default="cuda" if has_cuda else "cpu", metavar="NAME", help="torch device")
+    add(
+        "--compile",
+        type=boolean,
+        default=True,
+        help="torch.compile experts, student and evaluation",
+    )
+    off = {"dest": "compile", "action": "store_false"}
+    parser.topics["machine"].add_argument("--no-compile", help="the same as --compile=False", **off)
+    add("--amp", type=boolean, default=False, help="experts, student and evaluation in bfloat16")
+
+    add = parser.topic("Weights & Biases")
+    add(
+        "--wandb_mode",
+        type=choice(("online", "offline", "disabled")),
+        help="online (default, if logged in), offline, disabled",
+    )
+    add(
+        "--wandb_project",
+        type=wandb_name,
+        help=f"project (default: WANDB_PROJECT, or {WANDB_PROJECT})",
+    )
+    add("--wandb_entity", type=wandb_name, help="user or team (default: yours)")
+
+
+def wandb_options(args):
+    """Where a run is logged on Weights & Biases, as arguments of `wandb_page.Dashboard`."""
+    return {
+        "mode": args.wandb_mode,
+        "project": args.wandb_project or os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
+        "entity": args.wandb_entity,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags of distillation.py
+
+# Defaults that depend on other flags.
+DEPENDENT = {
+    "lr_img": lambda args: IMAGE_OPTIMIZERS[args.optimizer_img].rate,
+    "lr_lr": lambda args: STEP_SIZE_OPTIMIZERS[args.optimizer_lr].rate,
+    "total_steps": lambda args: args.syn_steps,
+    "clip": lambda args: OBJECTIVES[args.objective].clips,
+}
+
+
+def add_distillation_flags(parser):
+    """Add the flags that only distillation.py has."""
+    add = parser.topic("experts")
+    add("--max_files", type=count, metavar="N", help="trajectory files to read (default: all)")
+    add("--max_experts", type=count, metavar="N", help="experts to read per file (default: all)")
+    add("--skip_damaged", type=boolean, default=False, help="continue without damaged files")
+    add("--load_all", type=boolean, default=False, help="keep the experts' snapshots on the device")
+    add_objective_flags(parser)
+    add_set_flags(parser)
+    add_output_flags(parser)
+
+
+def add_objective_flags(parser):
+    """Those that say what an iteration lowers, and how what is learned follows."""
+    add = parser.topic("distillation")
+    add("--Iteration", type=number(int, 0), default=5000, metavar="N", help="iterations")
+    add(
+        "--objective",
+        type=choice(OBJECTIVES),
+        default="trajectory",
+        help="follow an expert (MTT), or reach a low loss on real images (RaT-BPTT)",
+    )
+    add("--expert_epochs", type=count, default=3, metavar="M", help="expert epochs to match")
+    add("--syn_steps", type=count, default=20, metavar="N", help="steps of the student")
+    add(
+        "--max_start_epoch",
+        type=count,
+        default=25,
+        metavar="T⁺",
+        help="segments start at an expert's epoch before this one",
+    )
+    add(
+        "--total_steps",
+        type=count,
+        metavar="T",
+        help="with loss: all steps; a random window of N is differentiated (default: N)",
+    )
+    add("--batch_objective", type=count, default=512, help="with loss: real images per iteration")
+    add(
+        "--segments",
+        type=count,
+        default=1,
+        metavar="S",
+        help="segments (or windows, of the loss) whose gradients are averaged",
+    )
+    add("--shard_batch", type=boolean, default=False, help="torchrun's processes share batches")
+    add("--batch_syn", type=count, help="synthetic images per step (default: all of them)")
+    add("--no_aug", type=boolean, default=False, help="no augmentation during distillation")
+    add(
+        "--unroll",
+        type=choice(UNROLLS),
+        default="adjoint",
+        help="gradients: adjoint, in memory that hardly grows with N, or autograd, as MTT",
+    )
+    add(
+        "--unroll_memory",
+        type=not_negative,
+        help="memory for activations kept, not recomputed (default: 1/8 of free memory)",
+    )
+
+    add = parser.topic("what is learned")
+    add("--optimizer_img", type=choice(IMAGE_OPTIMIZERS), default="sgd", help="of the images")
+    add("--lr_img", type=not_negative, help="rate of the images (default: 1000, adam 0.01)")
+    add(
+        "--optimizer_lr",
+        type=choice(STEP_SIZE_OPTIMIZERS),
+        default="sgd",
+        help="optimiser of α, or Adam of log α, which keeps α positive",
+    )
+    add("--lr_lr", type=not_negative, help="rate of α (default: 1e-05, log_adam 0.01)")
+    add("--lr_labels", type=not_negative, default=5.0, help="rate of learned labels")
+    add(
+        "--ema",
+        type=fraction,
+        default=0.0,
+        metavar="D",
+        help="decay of the running means that are evaluated and saved; 0: no means",
+    )
+    add("--clip", type=boolean, help="cut gradients at 2 × their running norm (default: with loss)")
+    add("--max_loss", type=positive, help="skip iterations with a higher loss (default: none)")
+
+
+def add_set_flags(parser):
+    """Those that say what a synthetic set is made up of, and what it starts from."""
+    add = parser.topic("synthetic images")
+    add("--ipc", type=count, default=1, metavar="N", help="synthetic images per class")
+    add(
+        "--factor",
+        type=number(int, 1, below=65),
+        default=1,
+        help="each image holds F × F tiles, each enlarged to an image of its own",
+    )
+    add(
+        "--pix_init",
+        type=saved_sets.pix_init,
+        default="real",
+        metavar="real|noise|SET",
+        help="initial images: real ones, noise, or a saved set with its α and labels",
+    )
+    add(
+        "--labels",
+        type=choice(LABELS),
+        default="hard",
+        help="hard: classes; soft: the experts' probabilities; learned: soft, then learned",
+    )
+    add(
+        "--label_epoch",
+        type=count,
+        help="epoch of the experts that make the soft labels (default: their last)",
+    )
+    add("--texture", type=boolean, default=False, help="learn canvases, cut random windows")
+    add("--canvas_size", type=count, default=2, help="with --texture: side of a canvas")
+    add(
+        "--canvas_samples",
+        type=count,
+        default=1,
+        metavar="N",
+        help="with --texture: windows per canvas",
+    )
+
+
+def add_output_flags(parser):
+    """Those that say how sets are evaluated, and where results go."""
+    add = parser.topic("evaluation")
+    add(
+        "--eval_mode",
+        type=choice(EVAL_POOLS),
+        default="S",
+        help="networks: S: --model; A, R, M, C: other architectures; W, D, P, N: ConvNets",
+    )
+    add("--num_eval", type=count, default=5, metavar="N", help="fresh networks per evaluation")
+    add("--eval_it", type=count, default=100, help="iterations between evaluations")
+    add("--epoch_eval_train", type=count, default=1000, help="epochs per network")
+    add("--batch_real", type=count, default=256, help="batch size for testing")
+    add(
+        "--evaluate",
+        help="only evaluate: a run's folder, images_*.pt, random, herding, k_center or full",
+    )
+    add("--export", type=folder_path, help="export the set of --evaluate for other tools")
+
+    add = parser.topic("results")
+    add("--log_dir", type=folder_path, default=Path("logged_files"), help="folder of results")
+    add("--run_name", type=folder_name, help="run's folder (default: from the settings)")
+    add("--checkpoint_every", type=count, default=100, help="iterations between checkpoints")
+    add("--resume", type=folder_path, help="resume the run in DIR with its own flags")
+    add("--force_save", type=boolean, default=False, help="log pictures also from --ipc=50 on")
+
+
+def completed(parser, *layers):
+    """All flags as a namespace, with the defaults that depend on others. Later layers win."""
+    args = parser.complete(*layers)
+    for name, default in DEPENDENT.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default(args))
+    return args
+
+
+def defaults_for(parser, args):
+    """The default of each flag, beside the others of `args`."""
+    return parser.defaults | {name: default(args) for name, default in DEPENDENT.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags that exclude each other
+
+
+def check_combinations(parser, args):
+    """Refuse flags of distillation.py that cannot be combined."""
+    if args.total_steps < args.syn_steps:
+        reason = f"lower than --syn_steps={args.syn_steps}, which are part of them"
+        parser.error(f"--total_steps={args.total_steps} is {reason}")
+    is_soft = LABELS[args.labels].soft
+    if is_soft and args.texture:
+        reason = "experts do not take canvases: leave one out"
+        parser.error(f"--labels={args.labels} and --texture cannot be combined: {reason}")
+    if args.label_epoch and not is_soft:
+        reason = "hard labels are the classes: add --labels=soft or learned"
+        parser.error(f"--label_epoch={args.label_epoch}: {reason}")
+    if args.shard_batch and args.unroll == "autograd":
+        parser.error("--shard_batch and --unroll=autograd cannot be combined: leave one out")
+    for name in ("texture", "zca"):
+        if args.factor > 1 and getattr(args, name):
+            reason = "tiles are parts of plain images: leave one out"
+            parser.error(f"--factor={args.factor} and --{name} cannot be combined: {reason}")
+    if args.factor > 1 and args.evaluate in (*CORESETS, "full"):
+        reason = "only random images are cut into tiles: leave one out"
+        parser.error(f"--factor={args.factor} and --evaluate={args.evaluate}: {reason}")
+    if args.zca and args.texture:
+        reason = "whitening is fitted to whole images: leave one out"
+        parser.error(f"--zca and --texture cannot be combined: {reason}")
+
+
+def check_commands(parser, given):
+    """Refuse commands of distillation.py that contradict each other."""
+    if "resume" in given:
+        if given["resume"].is_file():
+            folder = given["resume"].parent
+            parser.error(f"--resume={given['resume']} is a file: name the run's folder, {folder}")
+        for name in ("run_name", "log_dir", "evaluate", "preset"):
+            if name in given:
+                parser.error(f"--resume and --{name} cannot be combined: leave one out")
+    what = given.get("evaluate")
+    if what == "":
+        names = ", ".join(REAL_SETS)
+        parser.error(f"--evaluate='' names nothing: give a run's folder, images_*.pt, {names}")
+    if is_saved(what):
+        for name in ("labels", "label_epoch"):
+            if name in given:
+                parser.error(f"--{name}={given[name]}: a saved set has its labels: leave it out")
+    elif what and "labels" in given and LABELS[given["labels"]].learned:
+        labels = given["labels"]
+        parser.error(f"--labels={labels}: nothing is learned of --evaluate={what}: hard or soft")
+    if "export" in given and not is_saved(what):
+        parser.error("--export needs --evaluate with a saved set")

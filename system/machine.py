@@ -1,0 +1,36 @@
+"""What a script runs on: device, ranks, and how networks are compiled."""
+
+from dataclasses import dataclass
+
+import torch
+
+from system import process
+from system.compilation import Compiler
+from system.ranks import Ranks, join, local_device
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a script runs on."""
+
+    device: torch.device
+    ranks: Ranks
+    compiler: Compiler
+
+    @property
+    def amp(self):
+        """Whether networks compute in bfloat16."""
+        return self.compiler.amp
+
+    def __str__(self):
+        return process.describe(self.device, self.amp, self.ranks.size)
+
+
+def set_up(device, compile, amp):
+    """The `Machine` of flags --device, --compile and --amp.
+
+    Raises ReportedError for a device that is not there.
+    """
+    device = process.check_device(local_device(device))
+    ranks = join(device)
+    return Machine(device, ranks, Compiler(compile, process.check_amp(amp, device)))
