@@ -151,7 +151,7 @@ def find_experts(args, student):
 
 
 def input_settings(args, inputs, state):
-    """What a run's result depends on besides its flags: the machine and the inputs."""
+    """Settings that a result depends on besides the flags: the machine and the inputs."""
     return {
         "amp": inputs.machine.amp,
         "batch_syn": batch_syn_of(args, inputs.data.form),
@@ -195,7 +195,7 @@ def initial_state(args, inputs):
 
 
 def facts_about(inputs, settings):
-    """What results.json opens with."""
+    """Facts about a run with which results.json opens."""
     return {
         "settings": settings,
         "data": inputs.data.settings,
@@ -211,13 +211,13 @@ def title_of(args):
 
 
 def status_of(state):
-    """Where a run stands, in a few words."""
+    """Say where a run stands, in a few words."""
     best = state.evaluations.best_accuracy
     return f"loss {state.losses[-1]:.4f}, α {state.current_alpha:.5f}, best {best:.1%}"
 
 
 def is_kept(args, state):
-    """Whether images are kept: at a new best, every 1000 iterations, and at the end."""
+    """Tell whether to keep the images: at a new best, every 1000 iterations, and at the end."""
     it = len(state.losses)
     return state.evaluations.latest_is_best or it % 1000 == 0 or it == args.Iteration
 
@@ -257,7 +257,7 @@ def curves_of(args, state):
 
 
 def closing_table(run, state, data, experts):
-    """What networks learn from real images, from the distilled ones, and from all real ones."""
+    """Compare networks trained on real images, on the distilled ones, and on all real ones."""
     best = state.evaluations.best
     count = len(state.images)
     tiles = len(state.label_syn) // count
@@ -303,7 +303,7 @@ def open_dashboard(args, run, settings):
 
 
 def print_opening(run, state, experts, dashboard):
-    """What a run prints first."""
+    """Print the first lines of a run."""
     count, it = len(state.images), len(state.losses)
     print(f"synthetic images: {count}, experts: {len(experts.members)}; results in {run.folder}")
     print(dashboard.where_to_look())

@@ -21,7 +21,7 @@ REAL_SETS = ("random", *CORESETS, "full")  # of --evaluate
 
 
 def is_saved(what):
-    """Whether --evaluate names a saved set."""
+    """Tell whether --evaluate names a saved set."""
     return what is not None and what not in REAL_SETS
 
 
@@ -126,7 +126,7 @@ def main(args, settings):
 
 
 def evaluation_folder(args, settings):
-    """Where an evaluation is written: a folder named after it and its settings."""
+    """The folder of an evaluation, named after it and its settings."""
     known = settings | {"evaluate": args.evaluate, "lr_teacher": args.lr_teacher}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:6]
     chosen = args.evaluate == "random" or args.evaluate in CORESETS

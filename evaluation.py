@@ -49,7 +49,7 @@ def make_pool(mode, model, form, machine):
 
 
 class Tested(NamedTuple):
-    """What a trained network reached."""
+    """The accuracy of a trained network."""
 
     val: float | None  # accuracy on the validation images, in [0, 1]; None: there are none
     test: float
@@ -373,7 +373,7 @@ class Evaluations:
         return self.best is self.rows[-1]
 
     def has(self, iteration, names):
-        """Whether the networks called `names` were evaluated at an iteration."""
+        """Tell whether the networks called `names` were evaluated at an iteration."""
         at = (row["scores"].keys() for row in self.rows if row["iteration"] == iteration)
         return any(of_row == names for of_row in at)
 
@@ -400,7 +400,7 @@ def to_json(rows):
 
 
 def from_json(rows):
-    """What `to_json` was given."""
+    """Restore what `to_json` was given."""
     return [
         row | {"scores": {name: Scores(**scores) for name, scores in row["scores"].items()}}
         for row in rows

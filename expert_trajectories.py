@@ -127,7 +127,7 @@ def snapshot(network):
 
 
 def training_settings(args, amp):
-    """How experts are trained, for their records."""
+    """Settings of the experts' training, for their records."""
     return {
         "epochs": args.train_epochs,
         "batch_size": args.batch_train,

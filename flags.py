@@ -136,7 +136,7 @@ def add_shared_flags(parser, batch_train):
 
 
 def wandb_options(args):
-    """Where a run is logged on Weights & Biases, as arguments of `wandb_page.Dashboard`."""
+    """The page of a run on Weights & Biases, as arguments of `wandb_page.Dashboard`."""
     return {
         "mode": args.wandb_mode,
         "project": args.wandb_project or os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
@@ -169,7 +169,7 @@ def add_distillation_flags(parser):
 
 
 def add_objective_flags(parser):
-    """Those that say what an iteration lowers, and how what is learned follows."""
+    """Add those of the objective, and of the optimisers that follow it."""
     add = parser.topic("distillation")
     add("--Iteration", type=number(int, 0), default=5000, metavar="N", help="iterations")
     add(
@@ -239,7 +239,7 @@ def add_objective_flags(parser):
 
 
 def add_set_flags(parser):
-    """Those that say what a synthetic set is made up of, and what it starts from."""
+    """Add those of the synthetic set: its make-up, and its first images and labels."""
     add = parser.topic("synthetic images")
     add("--ipc", type=count, default=1, metavar="N", help="synthetic images per class")
     add(
@@ -278,7 +278,7 @@ def add_set_flags(parser):
 
 
 def add_output_flags(parser):
-    """Those that say how sets are evaluated, and where results go."""
+    """Add those of the evaluation and of its results."""
     add = parser.topic("evaluation")
     add(
         "--eval_mode",

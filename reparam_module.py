@@ -87,7 +87,7 @@ class ReparamModule(nn.Module):
 
 
 def student_fault(network):
-    """Why a network cannot be a student; None if it can."""
+    """The reason why a network cannot be a student; None if it can."""
     if any(True for _ in network.buffers()):
         return (
             "a student cannot have batch normalisation, whose statistics change with every "
@@ -110,7 +110,7 @@ def identity(what):
 
 
 class Unroll:
-    """What both engines have in common: a step of the student, and steps without a gradient.
+    """The common part of both engines: a student's step, and steps without a gradient.
 
     student    a `ReparamModule`
     augment    makes (x_i, y_i) from what is learned and a drawn batch

@@ -30,7 +30,7 @@ class DamagedFile(ReportedError):
 
 
 def expert_folder(buffer_path, dataset, zca, model):
-    """Where the trajectory files of these experts are, as in MTT."""
+    """The folder of these experts' trajectory files, as in MTT."""
     return buffer_path / (dataset if zca else f"{dataset}_NO_ZCA") / model
 
 
@@ -149,7 +149,7 @@ def as_trajectories(found):
 
 
 def outline(found):
-    """How it is nested, judged by the first items: "a list of 2 lists of 3 tensors"."""
+    """Describe the nesting, judged by the first items: "a list of 2 lists of 3 tensors"."""
     words, level = f"a {type(found).__name__.lower()}", found
     for _ in range(5):  # a list may hold itself
         if not isinstance(level, (list, tuple, dict)):
@@ -309,7 +309,7 @@ class Experts:
 
 
 def segment_fault(trajectory, max_start_epoch, length):
-    """What is wrong with the segments that start before `max_start_epoch`; None: nothing."""
+    """The fault of segments that start before `max_start_epoch`; None: they are whole."""
     snapshots = [flat(snapshot) for snapshot in trajectory[: max_start_epoch + length]]
     for t, theta in enumerate(snapshots):
         if not theta.isfinite().all():

@@ -1,4 +1,4 @@
-"""What both scripts do to images and networks: seed, augment, train, test."""
+"""Seeds, augmentation, batches, training and testing, for both scripts."""
 
 import hashlib
 import math
@@ -225,7 +225,7 @@ def apply_group(x, group, parameters):
 
 
 def decode(images, factor, indices=slice(None)):
-    """What networks see of images (N, C, H, W) of factor × factor tiles: (n, C, H, W).
+    """Cut images (N, C, H, W) into factor × factor tiles, as networks see them: (n, C, H, W).
 
     Each of the n = N * factor² tiles is enlarged bilinearly to the size of an image: several small
     images in the place of one, as in IDC (Kim et al. 2022, arXiv 2205.14959, section 3.2). Tile
@@ -261,7 +261,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Augment:
-    """How batches of images become what a network sees."""
+    """Turn batches of images into what a network sees."""
 
     side: int  # of what the network sees, in pixels
     groups: tuple = ()  # of GROUPS, one of which is drawn per batch; none: no augmentation
@@ -292,7 +292,7 @@ class Augment:
         return Batch(mine(batch.indices, 1), offsets, batch.group, parameters)
 
     def __call__(self, images, batch, labels):
-        """What the network sees of a drawn batch: (B, C, side, side), and labels (B,)."""
+        """Make a drawn batch: images (B, C, side, side), and labels (B,)."""
         x, y = decode(images, self.factor, batch.indices), labels[batch.indices]
         if batch.offsets:
             x, y = self.cut_windows(x, y, batch.offsets)

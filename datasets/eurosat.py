@@ -172,7 +172,7 @@ def unpack_jpegs(zipped, target):
 
 
 def is_jpeg(name):
-    """Whether a file of this name is an image, unlike the `._*.jpg` that macOS leaves beside it."""
+    """Tell whether a name is an image's, unlike the `._*.jpg` that macOS leaves beside it."""
     return name.lower().endswith((".jpg", ".jpeg")) and not name.startswith(".")
 
 

@@ -113,7 +113,7 @@ BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
 
 
 def picture_fault(image, im_size, crop):
-    """Why an opened picture is refused, and the remedy; None if it is not. Decodes nothing."""
+    """The reason to refuse an opened picture, with a remedy, or None. Decodes nothing."""
     size = f"is {image.width}x{image.height} pixels"
     if image.size != (im_size, im_size) and not crop:
         return f"{size}, not {im_size}x{im_size}: replace it"
@@ -125,7 +125,7 @@ def picture_fault(image, im_size, crop):
 
 
 def depth_of(image):
-    """What an opened picture has instead of 8 bits per channel, in words; None: 8 bits or fewer.
+    """Name the depth of an opened picture of more than 8 bits per channel; None: 8 or fewer.
 
     Of 16-bit colours, Pillow silently keeps only the high byte: its mode is RGB. The decoder's
     arguments say what the file holds, for example "RGB;16B".
@@ -147,7 +147,7 @@ def depth_of(image):
 
 
 def losses_of(image):
-    """What is left out of an opened picture, each in words."""
+    """Name each part of an opened picture that is left out."""
     losses = []
     if image.format == "TIFF" and image.tag_v2.get(SAMPLES_PER_PIXEL, 1) > len(image.getbands()):
         losses.append("have more bands than red, green and blue, which are left out")

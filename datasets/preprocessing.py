@@ -16,7 +16,7 @@ from system.process import ReportedError
 
 
 class Form(NamedTuple):
-    """What networks must fit."""
+    """The form of images that networks must fit."""
 
     num_classes: int
     im_size: int  # side of the square images in pixels
@@ -84,7 +84,7 @@ class Data:
 
 
 class Layout(NamedTuple):
-    """How a set of images is made up: `ipc` images for each class, in the order of the classes.
+    """The make-up of a set: `ipc` images for each class, in the order of the classes.
 
     A canvas (--texture) is a square of canvas_size × canvas_size images. With a factor, each image
     holds factor × factor tiles.

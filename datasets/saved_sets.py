@@ -28,7 +28,7 @@ def expanded(what):
 
 
 class SavedSet(NamedTuple):
-    """What the files hold, unchecked; None if there is no such file."""
+    """The content of a set's files, unchecked; None if there is no such file."""
 
     images: object
     labels: object
@@ -91,7 +91,7 @@ NUMPY_SCALARS += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.i
 
 
 def read_file(path, flag):
-    """What `torch.save` wrote; None if there is no such file."""
+    """Read what `torch.save` wrote; None if there is no such file."""
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):  # accuracies, in DC's files
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -174,13 +174,13 @@ def as_labels(found):
 
 
 def is_plain(found):
-    """Whether this is a tensor of numbers in memory."""
+    """Tell whether this is a tensor of numbers in memory."""
     is_dense = isinstance(found, torch.Tensor) and found.layout == torch.strided
     return is_dense and not (found.is_meta or found.is_quantized or found.is_complex())
 
 
 def description(found):
-    """What a file holds, in a few words."""
+    """Describe the content of a file in a few words."""
     if not isinstance(found, torch.Tensor):
         return f"a {type(found).__name__}"
     if not is_plain(found):

@@ -1,4 +1,4 @@
-"""What an iteration lowers: the table of --objective, one row for each.
+"""The objectives that an iteration may lower: the table of --objective.
 
 A row's `make(args, inputs, state)` returns a function of `State` and the iteration's number, which
 computes a `Step`: the objective, and its gradients by the names of what is learned. Each file has

@@ -16,7 +16,7 @@ from utils import Augment
 
 
 class Task(NamedTuple):
-    """What one segment differentiates. L is a function of θ_N, after N differentiated steps."""
+    """One segment to unroll. L is a function of θ_N, after N differentiated steps."""
 
     theta: torch.Tensor  # the student's parameters at the start, (P,)
     steps_before: int  # steps on synthetic images before the differentiated ones
@@ -113,7 +113,7 @@ def check_shares(args, form, size):
 
 
 def student_augment(args, form, apply=utils.apply_group):
-    """How the student sees the synthetic images."""
+    """The student's augmentation of the synthetic images."""
     # Plain augmentation cannot be differentiated.
     augments = args.dsa and not args.no_aug
     groups = utils.augment_groups(True, args.dsa_strategy) if augments else ()

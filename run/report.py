@@ -1,4 +1,4 @@
-"""How a run is shown: tables, pictures, curves."""
+"""A run as tables, pictures and curves."""
 
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ def scores_table(scores, classes):
 
 
 def closing_table(rows):
-    """What networks learned from: rows of a title, α (None: not theirs), and scores by network.
+    """A table of rows with a title, α (None: unknown), and scores by network.
 
     Scores are `evaluation.Scores`, or text.
     """
@@ -143,7 +143,7 @@ def save_animation(folder):
 
 @dataclass(frozen=True)
 class Curves:
-    """What curves.png shows."""
+    """The content of curves.png."""
 
     title: str
     rows: list  # comparable evaluations, oldest first

@@ -1,4 +1,4 @@
-"""What a run learns, how it follows gradients, and what is known about it so far."""
+"""The state of a run: all that is learned, how it follows gradients, and its history."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from system.process import ReportedError, first_line
 
 
 class Step(NamedTuple):
-    """What an objective computes in an iteration."""
+    """The result of an objective in one iteration."""
 
     loss: torch.Tensor  # ()
     gradients: dict  # by the names in `State.learned`; that of "alpha" is ∂L/∂α
@@ -63,7 +63,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """How what is learned follows its gradients: flags of the same names."""
+    """Rules by which all that is learned follows its gradients: flags of the same names."""
 
     optimizer_img: str = "sgd"
     lr_img: float = 1000.0
@@ -76,7 +76,7 @@ class Rules:
 
 
 class Start(NamedTuple):
-    """What a run starts from."""
+    """The synthetic set that a run starts from."""
 
     images: torch.Tensor  # (K, C, S, S)
     classes: torch.Tensor  # of the images, or of their tiles (n,)
@@ -143,7 +143,7 @@ class State:
 
     @property
     def evaluated(self):
-        """What is learned, by name, as it is evaluated and saved: its running means, if any."""
+        """All that is learned, by name, as it is evaluated and saved: the running means, if any."""
         return self.average or {name: tensor.detach() for name, tensor in self.learned.items()}
 
     @property
@@ -153,7 +153,7 @@ class State:
 
     @property
     def labels(self):
-        """What networks learn from: classes (n,), or probabilities (n, classes)."""
+        """The labels that networks learn from: classes (n,), or probabilities (n, classes)."""
         logits = self.evaluated.get("labels", self.logits)
         return self.label_syn if logits is None else logits.softmax(1)
 
@@ -298,7 +298,7 @@ def on_cpu(tensors):
 
 
 def first_fault(loss, alpha, finite):
-    """What went wrong in an iteration, and what may help. None: nothing. `finite` is by name."""
+    """Say what went wrong in an iteration, and what may help; None: nothing."""
     faults = [] if math.isfinite(loss) else ["loss is not finite"]
     faults += [f"{name} is not finite" for name, is_finite in finite.items() if not is_finite]
     if not 0 < alpha < math.inf:

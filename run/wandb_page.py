@@ -98,7 +98,7 @@ def modes_to_try(mode):
 
 
 def logged_in():
-    """Whether wandb knows an account, from this machine or the environment."""
+    """Tell whether wandb knows an account, from this machine or the environment."""
     try:
         return wandb.login(prompt=False, verify=False)
     except Exception as error:
@@ -142,7 +142,7 @@ def picture_log(views, names, title):
 
 
 def run_summary(evaluations, seconds, memory):
-    """What wandb's table of runs shows about a run: cost, best and final accuracy, and α.
+    """Summarise a run for wandb's table of runs: cost, best and final accuracy, and α.
 
     `memory` is the peak of each rank, in bytes; None where the system does not say.
     """

@@ -1,4 +1,4 @@
-"""How `torch.compile` applies to networks, and to the steps of students and evaluations."""
+"""Compilation of networks, and of the steps of students and evaluations, by `torch.compile`."""
 
 import logging
 import operator
@@ -24,7 +24,7 @@ ACTIVATION_BUDGET = 0.4
 
 
 class Compiler:
-    """How networks and functions run: through `torch.compile`, in bfloat16 (`amp`), or as they are.
+    """Run networks and functions through `torch.compile`, in bfloat16 (`amp`), or as they are.
 
     If something cannot be compiled, for instance without a C++ compiler, everything runs uncompiled
     from then on, after a warning.

@@ -74,7 +74,7 @@ def checksum(file):
 
 
 def load_fault(error):
-    """Why `torch.load(weights_only=True)` failed, in words."""
+    """Say why `torch.load(weights_only=True)` failed."""
     if isinstance(error, (OSError, TypeError)):
         return first_line(error)
     if "Weights only" in str(error):
@@ -145,7 +145,7 @@ def locked(folder, name=".lock", wait=True, reader=False):
 
 
 def is_without_locks(error):
-    """Whether a lock failed because the file system has none, as on NFS without its daemon."""
+    """Tell whether a lock failed because the file system has none, as NFS without its daemon."""
     lacking = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
     return isinstance(error, NotImplementedError) or error.errno in lacking
 

@@ -1,4 +1,4 @@
-"""What a script runs on: device, ranks, and how networks are compiled."""
+"""The machine that a script runs on: its device, its ranks and its compiler."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from system.ranks import Ranks, join, local_device
 
 @dataclass(frozen=True)
 class Machine:
-    """What a script runs on."""
+    """Device, ranks and compiler of a script."""
 
     device: torch.device
     ranks: Ranks
@@ -19,7 +19,7 @@ class Machine:
 
     @property
     def amp(self):
-        """Whether networks compute in bfloat16."""
+        """True if networks compute in bfloat16."""
         return self.compiler.amp
 
     def __str__(self):

@@ -1,4 +1,4 @@
-"""What a script needs from its process, from the first signal to the exit code."""
+"""The process of a script: errors, signals, progress, devices, memory, versions."""
 
 import ctypes
 import logging
@@ -43,7 +43,7 @@ def first_line(error):
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that a GPU, or the machine, has run out of memory."""
+    """Tell whether an exception says that a GPU, or the machine, has run out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     messages = ("can't allocate memory", "out of memory")
@@ -96,7 +96,7 @@ def run_script(main, less_memory):
 
 
 def is_distributed():
-    """Whether torchrun has started several processes, of which this is one."""
+    """Tell whether torchrun has started several processes, of which this is one."""
     return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
 
 
@@ -291,7 +291,7 @@ def check_device(name):
 
 
 def has_bfloat16(device):
-    """Whether `device` has instructions for bfloat16.
+    """Tell whether `device` has instructions for bfloat16.
 
     Without them PyTorch emulates it, which is slower than float32: three times on an x86 processor
     with AVX-512 but without its bfloat16 extension, ten times without AVX-512.

@@ -1,12 +1,16 @@
 """README and docs: links lead somewhere, and scripts take every command and run the README's."""
 
+import ast
+import io
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tokenize
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -114,3 +118,48 @@ def test_the_one_line_that_draws_toysat_runs(readers_folder):
     path = {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=readers_folder, env=path, check=True)
     assert len(list((readers_folder / "DIR").glob("*/*.jpg"))) == 20
+
+
+# --------------------------------------------------------------------------------------------------
+# Docstrings
+
+SOURCE = [*ROOT.glob("*.py"), *ROOT.glob("*/[!.]*.py")]
+SOURCE = [path for path in SOURCE if path.parent.name not in ("tests", "docs", "quickstart")]
+
+
+def docstrings():
+    """Each docstring of the source: where it stands, and its text."""
+    for path in SOURCE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node)
+                if text:
+                    yield f"{path.relative_to(ROOT)}, {getattr(node, 'name', 'module')}", text
+
+
+def test_docstrings_open_with_a_noun_or_a_verb():
+    opened = re.compile(r"(What|How|Whether|Why|Those)\b")
+    assert [place for place, text in docstrings() if opened.match(text)] == []
+
+
+def test_names_in_docstrings_are_names_that_exist():
+    """Each word of a name in backticks is one in the code, or in PyTorch's."""
+    known = set(dir(torch)) | set(dir(torch.nn)) | set(dir(torch.nn.utils))
+    known |= {"buffer", "py"}  # MTT's
+    for path in SOURCE:
+        code = list(tokenize.generate_tokens(io.StringIO(path.read_text()).readline))
+        known |= {token.string for token in code if token.type == tokenize.NAME}
+        known |= {
+            word
+            for token in code
+            if token.type == tokenize.STRING and len(token.string) < 60
+            for word in re.findall(r"\w+", token.string)
+        }
+        known.add(path.stem)
+    unknown = []
+    for place, text in docstrings():
+        for quoted in re.findall(r"`([^`\n]+)`", text):
+            if re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", quoted):
+                words = re.findall(r"[A-Za-z_]\w*", quoted.partition("(")[0])
+                unknown += [(place, quoted) for word in words if word not in known]
+    assert unknown == []
