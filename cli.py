@@ -11,7 +11,7 @@ from networks import ALIASES
 from run.folder import COMMANDS
 from system import files, process
 from system.process import ReportedError
-from utils import DSA_STRATEGY
+from utils import AUGMENTATIONS
 
 # --------------------------------------------------------------------------------------------------
 # Types of arguments
@@ -55,13 +55,21 @@ def folder_path(text):
     return Path(os.path.expanduser(text))  # pathlib's version raises an error for an unknown user
 
 
-def folder_name(text):
-    """The name of a run, which must not lead out of --log_dir."""
-    if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a valid folder name in --log_dir: choose one without '/'"
-        )
-    return text
+def name(what, without):
+    """An argument type: a name that has none of the characters `without`."""
+
+    def parse(text):
+        if text in ("", ".", "..") or any(character in text for character in without):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a valid {what}: use some characters, none of {without}"
+            )
+        return text
+
+    return parse
+
+
+folder_name = name("folder name in --log_dir", "/\\")
+wandb_name = name("wandb name", "/\\#?%:")
 
 
 def choice(names):
@@ -92,20 +100,12 @@ def model(text):
 
 
 def strategy(text):
-    """A DSA strategy: groups of `DSA_STRATEGY`, joined by underscores."""
-    unknown = [group for group in text.split("_") if group not in DSA_STRATEGY.split("_")]
+    """A DSA strategy: names of `AUGMENTATIONS`, joined by underscores."""
+    unknown = [group for group in text.split("_") if group not in AUGMENTATIONS]
     if unknown:
+        known = "_".join(AUGMENTATIONS)
         raise argparse.ArgumentTypeError(
-            f"unknown group {unknown[0]!r}: join some of {DSA_STRATEGY} by underscores"
-        )
-    return text
-
-
-def wandb_name(text):
-    """A name that wandb takes."""
-    if not text or any(c in text for c in "/\\#?%:"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a valid wandb name: use at least one character, none of /\\#?%:"
+            f"unknown group {unknown[0]!r}: join some of {known} by underscores"
         )
     return text
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from system.process import ReportedError
 from trajectories import load_experts
 
 REAL_SETS = ("random", *CORESETS, "full")  # of --evaluate
+ALPHAS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # of --search_alpha
 
 
 def is_saved(what):
@@ -107,22 +109,46 @@ def main(args, settings):
         title = "training images" if args.evaluate == "full" else f"real images ({args.evaluate})"
         if LABELS[args.labels].soft:
             title += ", labelled by the experts"
-    key = args.seed, "saved"
-    scores = evaluator(images.to(place.device), labels.to(place.device), alpha, key)
+    images, labels, key = images.to(place.device), labels.to(place.device), (args.seed, "saved")
+    alphas, shown = dict.fromkeys(pool, alpha), f"α = {alpha:.5f}"
+    if args.search_alpha:
+        alphas = search_alphas(evaluator, images, labels, key)
+        shown = ", ".join(f"α = {value:g} ({name})" for name, value in alphas.items())
+    scores = {}
+    for name, step in pool.items():
+        scores |= replace(evaluator, pool={name: step})(images, labels, alphas[name], key)
 
     count = images.shape[-4]
     print(f"{count} {title}; networks: {args.num_eval}, ", end="")
-    print(f"epochs: {args.epoch_eval_train}, α = {alpha:.5f}\n")
+    print(f"epochs: {args.epoch_eval_train}, {shown}\n")
     print(report.scores_table(scores, data.classes))
     if place.ranks.is_first:
         settings = settings | {"amp": place.amp, "data": data.settings["digest"]}
-        row = {"evaluated": args.evaluate, "images": count, "syn_lr": alpha, "scores": scores}
+        row = {"evaluated": args.evaluate, "images": count, "scores": scores}
+        row["syn_lr"] = alphas if args.search_alpha else alpha
         (content,) = evaluation.to_json([row])
         content |= {"settings": settings, "data": data.settings, "device": str(place)}
         content |= {"versions": process.versions()}
         path = evaluation_folder(args, settings) / "evaluation.json"
         files.write_json(path, content)
         print(f"\nFiles: {path}")
+
+
+def search_alphas(evaluator, images, labels, key):
+    """The best α of ALPHAS for each network, by the validation accuracy of one trained with each.
+
+    A set's own α was learned for the network that it was distilled with. Others may diverge at it,
+    or hardly learn.
+    """
+    single = replace(evaluator, num_eval=1)
+    if images.dim() == 5:  # a set for each network
+        images, labels = images[:1], labels[:1]
+    reached = {}
+    for alpha in ALPHAS:
+        for name, scores in single(images, labels, alpha, (*key, "search")).items():
+            reached[name, alpha] = scores.selection_accuracy
+            process.write_line(f"{name:12} α = {alpha:<7g} {reached[name, alpha]:7.2%}")
+    return {name: max(ALPHAS, key=lambda a: reached[name, a]) for name in evaluator.pool}
 
 
 def evaluation_folder(args, settings):

@@ -39,7 +39,13 @@ WANDB_PROJECT = "DatasetDistillation"
 
 def add_shared_flags(parser, batch_train):
     """Add the flags of both scripts; `batch_train` is the script's own default batch size."""
-    has_cuda = torch.cuda.is_available()
+    add_data_flags(parser)
+    add_network_flags(parser, batch_train)
+    add_machine_flags(parser)
+
+
+def add_data_flags(parser):
+    """Add those of the data and the experts' folder."""
     side = number(int, 2, below=4097)
     add = parser.topic("data")
     add(
@@ -48,33 +54,21 @@ def add_shared_flags(parser, batch_train):
         help=f"named settings; other flags override: {', '.join(PRESETS)}",
     )
     add("--dataset", type=dataset, default="EuroSAT", metavar="NAME", help=", ".join(DATASETS))
-    add(
-        "--data_path",
-        type=folder_path,
-        default=Path("data"),
-        help="folder of the data set and its caches",
-    )
+    add("--data_path", type=folder_path, default=Path("data"), help="data set and its caches")
     add("--im_size", type=side, help=f"image side, for ImageFolder and ToySAT (default: {IM_SIZE})")
-    add(
-        "--zca",
-        type=boolean,
-        default=False,
-        help="ZCA whitening instead of per-channel normalisation",
-    )
+    add("--zca", type=boolean, default=False, help="whiten, instead of normalising channels")
     add(
         "--val_fraction",
         type=fraction,
         default=0.1,
         metavar="[0,1)",
-        help="share of training images to select the best iteration on; 0: the test set",
+        help="share of training images that select the best iteration; 0: the test set",
     )
-    add(
-        "--buffer_path",
-        type=folder_path,
-        default=Path("buffers"),
-        help="folder of the expert trajectories",
-    )
+    add("--buffer_path", type=folder_path, default=Path("buffers"), help="expert trajectories")
 
+
+def add_network_flags(parser, batch_train):
+    """Add those of networks and their training."""
     add = parser.topic("network and training")
     add(
         "--model",
@@ -82,19 +76,9 @@ def add_shared_flags(parser, batch_train):
         default="ConvNet",
         help="ConvNet and variants (ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16",
     )
-    add(
-        "--lr_teacher",
-        type=positive,
-        default=0.01,
-        help="experts' learning rate, and the initial α",
-    )
-    add("--batch_train", type=count, default=batch_train, help="batch size for training networks")
-    add(
-        "--dsa",
-        type=boolean,
-        default=True,
-        help="differentiable Siamese augmentation; False: plain",
-    )
+    add("--lr_teacher", type=positive, default=0.01, help="experts' rate; initial α")
+    add("--batch_train", type=count, default=batch_train, help="batch size of networks")
+    add("--dsa", type=boolean, default=True, help="differentiable augmentation; False: plain")
     add(
         "--dsa_strategy",
         type=strategy,
@@ -102,30 +86,29 @@ def add_shared_flags(parser, batch_train):
         help="DSA groups, one of which is drawn per batch",
     )
 
+
+def add_machine_flags(parser):
+    """Add those of the machine, and of Weights & Biases."""
+    has_cuda = torch.cuda.is_available()
     add = parser.topic("machine")
     add(
         "--seed",
         type=number(int, 0, below=2**31),
         default=0,
         metavar="N",
-        help="seed of everything random",
+        help="of everything random",
     )
     add("--device", default="cuda" if has_cuda else "cpu", metavar="NAME", help="torch device")
-    add(
-        "--compile",
-        type=boolean,
-        default=True,
-        help="torch.compile experts, student and evaluation",
-    )
+    add("--compile", type=boolean, default=True, help="torch.compile all networks")
     off = {"dest": "compile", "action": "store_false"}
     parser.topics["machine"].add_argument("--no-compile", help="the same as --compile=False", **off)
-    add("--amp", type=boolean, default=False, help="experts, student and evaluation in bfloat16")
+    add("--amp", type=boolean, default=False, help="compute in bfloat16")
 
     add = parser.topic("Weights & Biases")
     add(
         "--wandb_mode",
         type=choice(("online", "offline", "disabled")),
-        help="online (default, if logged in), offline, disabled",
+        help="default: online, if logged in",
     )
     add(
         "--wandb_project",
@@ -164,12 +147,13 @@ def add_distillation_flags(parser):
     add("--skip_damaged", type=boolean, default=False, help="continue without damaged files")
     add("--load_all", type=boolean, default=False, help="keep the experts' snapshots on the device")
     add_objective_flags(parser)
+    add_learning_flags(parser)
     add_set_flags(parser)
     add_output_flags(parser)
 
 
 def add_objective_flags(parser):
-    """Add those of the objective, and of the optimisers that follow it."""
+    """Add those of the objective, and of how it is computed."""
     add = parser.topic("distillation")
     add("--Iteration", type=number(int, 0), default=5000, metavar="N", help="iterations")
     add(
@@ -180,12 +164,13 @@ def add_objective_flags(parser):
     )
     add("--expert_epochs", type=count, default=3, metavar="M", help="expert epochs to match")
     add("--syn_steps", type=count, default=20, metavar="N", help="steps of the student")
+    add("--mom_syn", type=fraction, default=0.0, metavar="μ", help="momentum of these steps")
     add(
         "--max_start_epoch",
         type=count,
         default=25,
         metavar="T⁺",
-        help="segments start at an expert's epoch before this one",
+        help="segments start before this epoch",
     )
     add(
         "--total_steps",
@@ -213,9 +198,12 @@ def add_objective_flags(parser):
     add(
         "--unroll_memory",
         type=not_negative,
-        help="memory for activations kept, not recomputed (default: 1/8 of free memory)",
+        help="GB of activations kept, not recomputed (default: 1/8 of free memory)",
     )
 
+
+def add_learning_flags(parser):
+    """Add those of the optimisers, and of what guards them."""
     add = parser.topic("what is learned")
     add("--optimizer_img", type=choice(IMAGE_OPTIMIZERS), default="sgd", help="of the images")
     add("--lr_img", type=not_negative, help="rate of the images (default: 1000, adam 0.01)")
@@ -286,6 +274,12 @@ def add_output_flags(parser):
         default="S",
         help="networks: S: --model; A, R, M, C: other architectures; W, D, P, N: ConvNets",
     )
+    add(
+        "--search_alpha",
+        type=boolean,
+        default=False,
+        help="with --evaluate: choose α for each network, by validation accuracy",
+    )
     add("--num_eval", type=count, default=5, metavar="N", help="fresh networks per evaluation")
     add("--eval_it", type=count, default=100, help="iterations between evaluations")
     add("--epoch_eval_train", type=count, default=1000, help="epochs per network")
@@ -300,7 +294,7 @@ def add_output_flags(parser):
     add("--log_dir", type=folder_path, default=Path("logged_files"), help="folder of results")
     add("--run_name", type=folder_name, help="run's folder (default: from the settings)")
     add("--checkpoint_every", type=count, default=100, help="iterations between checkpoints")
-    add("--resume", type=folder_path, help="resume the run in DIR with its own flags")
+    add("--resume", type=folder_path, help="resume the run in this folder with its own flags")
     add("--force_save", type=boolean, default=False, help="log pictures also from --ipc=50 on")
 
 
@@ -368,5 +362,7 @@ def check_commands(parser, given):
     elif what and "labels" in given and LABELS[given["labels"]].learned:
         labels = given["labels"]
         parser.error(f"--labels={labels}: nothing is learned of --evaluate={what}: hard or soft")
+    if given.get("search_alpha") and not what:
+        parser.error("--search_alpha needs --evaluate: in a run, α is learned")
     if "export" in given and not is_saved(what):
         parser.error("--export needs --evaluate with a saved set")

@@ -11,7 +11,16 @@ Notation (Cazenavette et al. 2022, section 3, algorithm 1):
 
     θ_{i+1} = f(θ_i, x_i, y_i, α),   f(θ, x, y, α) = θ − α ∇_θ ℓ(θ, x, y)
 
-There are two objectives (objectives.py):
+With momentum μ, the student also has a velocity u_i, which starts at 0. Its state z_i is the pair
+(θ_i, u_i), a matrix (2, P), and f is a function of z:
+
+    u_{i+1} = μ u_i + ∇_θ ℓ(θ_i, x_i, y_i),   θ_{i+1} = θ_i − α u_{i+1}
+
+Below, θ_i stands for either, and v_i for the adjoint of either. L looks at θ_N alone, so the
+adjoint of u_N is 0. As u enters linearly, momentum costs no further product (Deng & Russakovsky,
+arXiv 2206.02916).
+
+Two objectives unroll a student (objectives/):
 
     trajectory   L(θ_N) = ‖θ_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖², where θ*_t are an expert's
                  parameters after t epochs, and θ_0 = θ*_t
@@ -117,9 +126,18 @@ class Unroll:
     compile    speeds up a function from tensors to a tuple of tensors
     memory     bytes for kept activations; with 0, memory grows with N only by the θ_i
     mean       where ranks split each batch: the mean over them of a tensor
+    momentum   μ
     """
 
-    def __init__(self, student, augment=as_they_are, compile=identity, memory=0, mean=identity):
+    def __init__(
+        self,
+        student,
+        augment=as_they_are,
+        compile=identity,
+        memory=0,
+        mean=identity,
+        momentum=0.0,
+    ):
         def loss(theta, x, y):
             return F.cross_entropy(student(x, theta), y)
 
@@ -127,16 +145,29 @@ class Unroll:
             """θ_{i+1} = f(θ_i, x_i, y_i, α)"""
             return (theta - alpha * grad(loss)(theta, x, y),)
 
+        def step_with_momentum(z, x, y, alpha):
+            theta, velocity = z
+            velocity = momentum * velocity + grad(loss)(theta, x, y)
+            return (torch.stack([theta - alpha * velocity, velocity]),)
+
         self.student = student
         self.augment = augment
-        self.step = compile(step)
+        self.momentum = momentum
+        self.step = compile(step_with_momentum if momentum else step)
         self.memory = memory
         self.mean = mean
         self.bytes_per_step = 0  # what a step's graph keeps, known after the first step
 
+    def state_of(self, theta):
+        """The student's state: with momentum (2, P), of parameters (P,) at rest; else θ itself."""
+        if self.momentum and theta.dim() == 1:
+            return torch.stack([theta, torch.zeros_like(theta)])
+        return theta
+
     @torch.no_grad()
     def advance(self, theta, synthetic, syn_lr, batches):
-        """θ (P,) after a step on each of these batches, without gradients."""
+        """The student's state after a step on each of these batches, without gradients."""
+        theta = self.state_of(theta)
         for batch in batches:
             torch.compiler.cudagraph_mark_step_begin()
             (theta,) = self.step(theta, *self.augment(synthetic, batch), syn_lr)
@@ -150,19 +181,21 @@ class AutogradUnroll(Unroll):
     def __call__(self, theta_start, objective, synthetic, syn_lr, batches):
         """L () and its exact gradients with respect to each of `synthetic` and to α ().
 
-        theta_start   θ_0, (P,)
+        theta_start   θ_0, (P,), or what `advance` returns
         objective     L, a differentiable function of θ_N
         synthetic     what is learned except α: images, and labels if learned; leaf tensors with
                       requires_grad
         syn_lr        α, a scalar leaf tensor with requires_grad
         batches       N batches, of which `augment(synthetic, batch)` makes (x_i, y_i)
         """
-        theta = theta_start.detach().requires_grad_(True)
+        state = self.state_of(theta_start.detach()).requires_grad_(True)
+        theta, velocity = state if self.momentum else (state, 0)
         for batch in batches:
             x, y = self.augment(synthetic, batch)
             loss = F.cross_entropy(self.student(x, theta), y)
             (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-            theta = theta - syn_lr * gradient
+            velocity = self.momentum * velocity + gradient if self.momentum else gradient
+            theta = theta - syn_lr * velocity
         value = objective(theta)
         return value.detach(), *torch.autograd.grad(value, (*synthetic, syn_lr))
 
@@ -174,7 +207,8 @@ class AdjointUnroll(Unroll):
         """The same as for `AutogradUnroll`."""
         # The θ_i are allocated together, before any activation. Between activations, which come and
         # go, they would fragment the heap.
-        thetas = [theta_start.detach().clone() for _ in range(len(batches) + 1)]  # (P,) each
+        theta = self.state_of(theta_start.detach())
+        thetas = [theta.clone() for _ in range(len(batches) + 1)]  # (P,) each, or (2, P)
         learned = (*synthetic, syn_lr)
         kept = {}  # what `take_step` returned, by the number of the step
         for i, batch in enumerate(batches):
@@ -185,7 +219,7 @@ class AdjointUnroll(Unroll):
                 kept[i] = taken
             del taken
 
-        value, v = value_and_gradient(objective, thetas[-1])
+        value, v = value_and_gradient(objective, thetas[-1], self.momentum)
         gradients = [torch.zeros_like(tensor) for tensor in learned]
         for i, batch in reversed(list(enumerate(batches))):
             taken = kept.pop(i, None) or self.take_step(thetas[i], synthetic, syn_lr, batch)
@@ -210,10 +244,10 @@ class AdjointUnroll(Unroll):
         return theta, *self.step(theta, x, y, syn_lr)
 
 
-def value_and_gradient(objective, theta):
-    """L(θ) () and ∇L(θ) (P,)."""
+def value_and_gradient(objective, theta, momentum):
+    """L(θ_N) () and its gradient with respect to the student's state, of the same shape."""
     theta = theta.detach().requires_grad_(True)
-    value = objective(theta)
+    value = objective(theta[0] if momentum else theta)
     (gradient,) = torch.autograd.grad(value, theta)
     return value.detach(), gradient
 

@@ -125,10 +125,10 @@ def make_unroll(args, inputs, make_batch):
     """The engine that --unroll names, and its `advance`."""
     memory = process.activation_memory(args.unroll_memory, inputs.data.device)
     compiler, ranks = inputs.machine.compiler, inputs.machine.ranks
-    options = {}
+    options = {"momentum": args.mom_syn, "memory": memory}
     if args.shard_batch:
         options["mean"] = lambda tensor: ranks.mean([tensor])[0]
-    engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, memory, **options)
+    engine = UNROLLS[args.unroll](inputs.student, make_batch, compiler.function, **options)
     if args.shard_batch and ranks.size > 1:  # a rank that tries again would be out of step
         return engine, engine.advance
     return compiler.retrying(engine), compiler.retrying(engine.advance)

@@ -232,7 +232,7 @@ class State:
         wanted = evaluator.pool.keys(), evaluator.epochs, evaluator.num_eval
         for row in self.baselines[:1]:
             scores = row["scores"]
-            seen = scores.keys(), row.get("epochs"), len(next(iter(scores.values())).test)
+            seen = scores.keys(), row["epochs"], len(next(iter(scores.values())).test)
             self.baselines = [] if seen != wanted and not self.finished else self.baselines
 
     def save(self, path):
@@ -241,9 +241,17 @@ class State:
     def load(self, path):
         """Restore what `save` wrote, if anything. Raises ReportedError for a damaged file."""
         try:
-            self.restore(torch.load(path, map_location="cpu", weights_only=True))
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if "learned" not in content:
+                raise ReportedError(
+                    f"{path} was written before version 1.0: resume it with the code of then, or "
+                    "start from its images by --pix_init under another --run_name"
+                )
+            self.restore(content)
         except FileNotFoundError:
             pass  # a new run
+        except ReportedError:
+            raise
         except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
             raise ReportedError(
                 f"{path} is damaged ({first_line(error)}): remove it, and the run starts from "

@@ -181,14 +181,23 @@ class Interval:
 
 
 class TimeLeft:
-    """`time_left(done)`: how long the rest of `total` items takes, at the pace since the start."""
+    """`time_left(done)`: how long the rest of `total` items takes, at the pace since the first call.
+
+    What comes before it, as compilation, does not count.
+    """
 
     def __init__(self, total):
         self.total = total
-        self.start = time.monotonic()
+        self.first = None  # when, and how many were done
 
     def __call__(self, done):
-        seconds = (time.monotonic() - self.start) / done * (self.total - done)
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now, done
+        start, before = self.first
+        if done == before:
+            return "time left not known yet"
+        seconds = (now - start) / (done - before) * (self.total - done)
         return f"about {duration(seconds)} left"
 
 

@@ -221,7 +221,8 @@ def test_an_iteration_of_distillation_waits_once(waits, memory, name, load_all, 
     student = ReparamModule(fresh_network())
     augment = Augment(SIDE, DSA, windows)
     objective = make_objective(name, load_all, student, augment)
-    unroll = AdjointUnroll(student, state.batch_maker(augment), memory=memory)
+    options = {"memory": memory, "momentum": 0.9 if learned else 0.0}
+    unroll = AdjointUnroll(student, state.batch_maker(augment), **options)
     how = {"seed": 0, "shard_batch": False, "ranks": ALONE}
     segments = Segments(objective, unroll, unroll.advance, augment, 2, STEPS, CLASSES, **how)
     waits.clear()

@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import make_flags  # found through the line above
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 SCRIPTS = [ROOT / "expert_trajectories.py", ROOT / "distillation.py"]
 LINK = re.compile(r"\[[^]]*\]\(([^)]+)\)")
 COMMAND = re.compile(r"python ((?:expert_trajectories|distillation)\.py(?: [^\n`\"\[]+|\\\n)*)")

@@ -107,6 +107,7 @@ SWITCHES = {
         "--force_save",
         "--shard_batch",
         "--clip",
+        "--search_alpha",
     ],
 }
 NO_COUNTS = {
@@ -250,6 +251,7 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--factor=2 --zca", ["--factor=2", "--zca", "leave one out"]),
     (DISTILLATION, "--factor=2 --texture", ["--factor=2", "--texture", "leave one out"]),
     (DISTILLATION, "--factor=2 --evaluate=full", ["--factor=2", "--evaluate=full", "leave one"]),
+    (DISTILLATION, "--search_alpha", ["--search_alpha", "--evaluate"]),
     (DISTILLATION, "--factor=0", ["--factor", "0", "at least 1"]),
     (DISTILLATION, "--factor=7", ["--factor=7", "pixels a side", "divisor"]),
     (DISTILLATION, "--ema=1", ["--ema", "1", "less than 1"]),

@@ -10,6 +10,7 @@ import torch
 from conftest import load_data
 from torchvision.datasets import ImageFolder
 
+import evaluate_set
 import evaluation
 import utils
 from datasets import preprocessing
@@ -390,6 +391,16 @@ def test_a_network_that_diverges_is_named(run_here, saved, tmp_path):
     with pytest.warns(UserWarning, match=message):
         done = run_here(SCRIPT, f"--evaluate={saved}", *flags, cwd=tmp_path)
     assert done.returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*diverged")
+def test_alpha_is_chosen_for_each_network_by_validation_accuracy(evaluate, saved, monkeypatch):
+    monkeypatch.setattr(evaluate_set, "ALPHAS", (1e-9, 0.01, 1e10))
+    out, record = evaluate(f"--evaluate={saved}", "--eval_mode=M", "--search_alpha")
+    assert record["syn_lr"][MODEL] == 0.01 and f"α = 0.01 ({MODEL})" in out
+    assert record["syn_lr"].keys() == record["scores"].keys() == {MODEL, "MLP"}
+    assert len(record["scores"]["MLP"]["test"]) == 2
+    assert out.count("α = 1e+10") == 2  # tried for each
 
 
 def test_evaluations_with_other_settings_do_not_overwrite_each_other(run_here, saved, tmp_path):

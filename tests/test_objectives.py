@@ -298,7 +298,7 @@ def test_an_engine_that_fails_compiled_is_called_once_more(monkeypatch, which):
     calls = []
 
     class Engine:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             pass
 
         def __call__(self, *_):

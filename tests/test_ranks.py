@@ -81,6 +81,7 @@ def computed(ranks, objective, shard_batch, windows):
         goal = RealLoss("ConvNetD1", data, Augment(SIDE, DSA), 8, 5, 3, real_loss(student))
     augment = Augment(SIDE, DSA, windows)
     options = {"mean": lambda tensor: ranks.mean([tensor])[0]} if shard_batch else {}
+    options["momentum"] = 0.0 if windows else 0.5
     unroll = AdjointUnroll(student, state.batch_maker(augment), memory=1e9, **options)
     how = {"seed": 0, "shard_batch": shard_batch, "ranks": ranks}
     segments = Segments(goal, unroll, unroll.advance, augment, 4, 3, CLASSES, **how)

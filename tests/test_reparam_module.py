@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
 import utils
 from datasets.preprocessing import Form
@@ -62,15 +63,19 @@ def match(
     batch_syn=10,
     dtype=torch.float64,
     compile=lambda function: function,
+    before=0,
+    **options,
 ):
     """Loss and gradients by an engine, with draws that are the same in every call."""
     labels = torch.arange(len(images))
     images = images.to(dtype).requires_grad_(True)
     syn_lr = torch.tensor(LR, dtype=dtype, requires_grad=True)
-    batches = utils.draw_batches(len(images), batch_syn, steps, augment, seeded(5))
-    unroll = engine(ReparamModule(network.to(dtype)), batch_maker(augment, labels), compile)
+    batches = utils.draw_batches(len(images), batch_syn, before + steps, augment, seeded(5))
+    make_batch = batch_maker(augment, labels)
+    unroll = engine(ReparamModule(network.to(dtype)), make_batch, compile, **options)
     start, target = segment(network, dtype)
-    return unroll(start, matching_loss(start, target), (images,), syn_lr, batches)
+    state = unroll.advance(start, (images,), syn_lr, batches[:before])
+    return unroll(state, matching_loss(start, target), (images,), syn_lr, batches[before:])
 
 
 def batch_maker(augment, labels):
@@ -255,6 +260,29 @@ def test_both_engines_give_the_same_gradients_in_float64(network, side, batch_sy
 def test_both_engines_give_the_same_gradients_for_the_network_of_the_experiments():
     network = utils.initial_network("ConvNet", Form(10, 64), utils.make_generator(0), "cpu")
     check_engines_agree(network, 64, Augment(64, DSA), steps=2, batch_syn=3)
+
+
+@pytest.mark.parametrize("before", [0, 3], ids=["from rest", "from a velocity"])
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_both_engines_give_the_same_gradients_with_momentum(momentum, before):
+    settings = {"steps": 5, "batch_syn": 4, "momentum": momentum, "before": before}
+    check_engines_agree(small(depth=2), 16, Augment(16, DSA), **settings)
+
+
+def test_momentum_takes_the_steps_of_pytorchs_optimiser():
+    network = small(depth=1).double()
+    student = ReparamModule(network)
+    theta = parameters_to_vector(network.parameters()).detach().clone()
+    images, labels = noise(10, 3, 16, 16).double(), torch.arange(10)
+    unroll = AdjointUnroll(student, momentum=0.9)
+    state = unroll.advance(theta, (), torch.tensor(0.05), [(images, labels)] * 2)
+    state = unroll.advance(state, (), torch.tensor(0.05), [(images, labels)] * 2)  # goes on
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(state[0], parameters_to_vector(network.parameters()).detach())
 
 
 def check_engines_agree(network, side, augment, **settings):

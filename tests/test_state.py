@@ -8,6 +8,7 @@ from conftest import arguments, make_state
 
 from datasets.preprocessing import Data
 from run.state import Step
+from system.process import ReportedError
 
 CLASSES = 4
 
@@ -55,7 +56,7 @@ def test_alpha_stays_positive_if_its_logarithm_is_learned_and_only_then():
 def test_engines_differentiate_with_respect_to_alpha_itself():
     for name in ("sgd", "log_adam"):
         *_, alpha = some_state(optimizer_lr=name, lr_teacher=0.02).leaves()
-        assert float(alpha) == pytest.approx(0.02) and alpha.is_leaf and alpha.requires_grad
+        assert alpha.item() == pytest.approx(0.02) and alpha.is_leaf and alpha.requires_grad
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,6 +85,16 @@ def test_without_running_means_the_latest_is_evaluated():
     state.step(some_step(state))
     assert torch.equal(state.images, state.learned["images"])
     assert state.alpha == state.current_alpha
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_a_checkpoint_of_before_is_not_called_damaged(tmp_path):
+    torch.save({"images": torch.zeros(1), "losses": []}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ReportedError, match=r"before version 1\.0.*--pix_init"):
+        some_state().load(tmp_path / "checkpoint.pt")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from torch import nn
 
 import utils
 from datasets.preprocessing import Form
+from system import process
 from system.process import ReportedError
 from utils import Augment
 
@@ -98,3 +99,13 @@ def test_accuracy_is_the_same_in_batches_of_any_size(linear, batch_size):
         assert value == pytest.approx(hits[labels == label].float().mean().item())
     assert shapes == {(batch_size, 3, 4, 4)}  # one shape, so one compiled graph
     assert network.training
+
+
+def test_the_time_left_follows_the_pace_since_the_first_call(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
+    time_left = process.TimeLeft(10)
+    now[0] = 500.0  # compiling
+    assert time_left(1) == "time left not known yet"
+    now[0] += 60.0
+    assert time_left(4) == "about 0:02:00 left"  # 20 seconds each, six to go
