@@ -2,9 +2,7 @@
 
 import argparse
 import math
-import os
 import shutil
-from pathlib import Path
 
 from datasets.by_name import DATASETS
 from networks import ALIASES
@@ -48,11 +46,7 @@ count = number(int, 1, below=2**31)
 positive = number(float, 0, exclusive=True, below=1e30)  # below: what float32 holds
 not_negative = number(float, 0, below=1e30)
 fraction = number(float, 0, below=1)
-
-
-def folder_path(text):
-    """A folder's path with `~` expanded, which shells leave alone after `--flag=`."""
-    return Path(os.path.expanduser(text))  # pathlib's version raises an error for an unknown user
+folder_path = files.expanded
 
 
 def name(what, without):
@@ -72,26 +66,21 @@ folder_name = name("folder name in --log_dir", "/\\")
 wandb_name = name("wandb name", "/\\#?%:")
 
 
-def choice(names):
-    """An argument type that takes one of `names`."""
+def choice(names, hint=""):
+    """An argument type that takes one of `names`; errors end with the `hint`."""
 
     def parse(text):
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from {', '.join(names)}")
+            known = ", ".join(names)
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from {known}{hint}")
         return text
 
     parse.metavar = "|".join(names) if len(names) <= 4 else None
     return parse
 
 
-def dataset(text):
-    """The name of a data set."""
-    if text not in DATASETS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is unknown: choose from {', '.join(DATASETS)}; ImageFolder reads any folder "
-            "of class folders (Tiny ImageNet: --preset=tiny-1)"
-        )
-    return text
+FOLDERS = "; ImageFolder reads any folder of class folders (Tiny ImageNet: --preset=tiny-1)"
+dataset = choice(DATASETS, FOLDERS)
 
 
 def model(text):
@@ -203,39 +192,55 @@ class Parser(argparse.ArgumentParser):
 # Presets: docs/hyperparameters.md says where each comes from, and what it reached
 
 
-MTT_EXPERTS = {"num_experts": 100, "train_epochs": 50, "batch_train": 256, "lr_teacher": 0.01}
-EUROSAT_EXPERTS = {"num_experts": 16, "train_epochs": 12, "batch_train": 128, "lr_teacher": 0.01}
-
 # MTT's experts see all training images, and its best iteration is chosen on the test set.
+MTT_EXPERTS = {"num_experts": 100, "train_epochs": 50, "batch_train": 256, "lr_teacher": 0.01}
 MTT_RULE = {"val_fraction": 0.0}
 CIFAR10 = {"dataset": "CIFAR10"} | MTT_RULE
 CIFAR100 = {"dataset": "CIFAR100"} | MTT_RULE
 TINY = {"dataset": "ImageFolder", "im_size": 64, "model": "ConvNetD4"} | MTT_RULE
-EUROSAT = {"dataset": "EuroSAT", "model": "ConvNetW32"}
 ZCA = {"zca": True}
+MTT_FLAGS = ("ipc", "syn_steps", "expert_epochs", "max_start_epoch", "lr_img", "lr_lr")
+MTT_FLAGS += ("lr_teacher", "batch_syn")
+MTT_TABLE = {  # for both scripts, and values of MTT_FLAGS
+    "cifar10-1": (CIFAR10 | ZCA, (1, 50, 2, 2, 100.0, 1e-7, 0.01)),
+    "cifar10-10": (CIFAR10 | ZCA, (10, 30, 2, 20, 100.0, 1e-5, 0.001)),
+    "cifar10-50": (CIFAR10, (50, 30, 2, 40, 1000.0, 1e-5, 0.001)),
+    "cifar100-1": (CIFAR100 | ZCA, (1, 20, 3, 20, 1000.0, 1e-5, 0.01)),
+    "cifar100-10": (CIFAR100, (10, 20, 2, 20, 1000.0, 1e-5, 0.01)),
+    "cifar100-50": (CIFAR100 | ZCA, (50, 80, 2, 40, 1000.0, 1e-5, 0.01, 125)),
+    "tiny-1": (TINY, (1, 10, 2, 10, 10000.0, 1e-4, 0.01)),
+    "tiny-10": (TINY, (10, 20, 2, 40, 10000.0, 1e-4, 0.01, 200)),
+    "tiny-50": (TINY, (50, 20, 2, 40, 10000.0, 1e-4, 0.01, 300)),
+}
 
-FLAGS = ("ipc", "syn_steps", "expert_epochs", "max_start_epoch", "lr_img", "lr_lr", "lr_teacher")
-FLAGS += ("batch_syn", "labels")
-TABLE = {  # for both scripts, for experts, for distillation: values of FLAGS, None: default
-    "cifar10-1": (CIFAR10 | ZCA, MTT_EXPERTS, (1, 50, 2, 2, 100.0, 1e-7, 0.01)),
-    "cifar10-10": (CIFAR10 | ZCA, MTT_EXPERTS, (10, 30, 2, 20, 100.0, 1e-5, 0.001)),
-    "cifar10-50": (CIFAR10, MTT_EXPERTS, (50, 30, 2, 40, 1000.0, 1e-5, 0.001)),
-    "cifar100-1": (CIFAR100 | ZCA, MTT_EXPERTS, (1, 20, 3, 20, 1000.0, 1e-5, 0.01)),
-    "cifar100-10": (CIFAR100, MTT_EXPERTS, (10, 20, 2, 20, 1000.0, 1e-5, 0.01)),
-    "cifar100-50": (CIFAR100 | ZCA, MTT_EXPERTS, (50, 80, 2, 40, 1000.0, 1e-5, 0.01, 125)),
-    "eurosat-1": (EUROSAT, EUROSAT_EXPERTS, (1, 40, 2, 2, 10000.0, 3e-6, 0.02, None, "learned")),
-    "eurosat-10": (EUROSAT, EUROSAT_EXPERTS, (10, 20, 2, 4, 10000.0, 1e-5, 0.02)),
-    "eurosat-50": (EUROSAT, EUROSAT_EXPERTS, (50, 20, 2, 5, 10000.0, 1e-5, 0.02, 100)),
-    "tiny-1": (TINY, MTT_EXPERTS, (1, 10, 2, 10, 10000.0, 1e-4, 0.01)),
-    "tiny-10": (TINY, MTT_EXPERTS, (10, 20, 2, 40, 10000.0, 1e-4, 0.01, 200)),
-    "tiny-50": (TINY, MTT_EXPERTS, (50, 20, 2, 40, 10000.0, 1e-4, 0.01, 300)),
+EUROSAT = {"dataset": "EuroSAT", "model": "ConvNetW32"}
+EUROSAT_EXPERTS = {"num_experts": 8, "train_epochs": 12, "batch_train": 128, "lr_teacher": 0.01}
+EUROSAT_RECIPE = {
+    "syn_steps": 40,
+    "mom_syn": 0.9,
+    "expert_epochs": 2,
+    "max_start_epoch": 2,
+    "labels": "learned",
+    "optimizer_img": "adam",
+    "lr_img": 0.02,
+    "optimizer_lr": "log_adam",
+    "lr_teacher": 0.004,
+    "ema": 0.99,
+    "eval_it": 300,
+}
+EUROSAT_HARD = {"expert_epochs": 2, "lr_img": 10000.0, "lr_lr": 1e-5, "lr_teacher": 0.02}
+EUROSAT_TABLE = {
+    "eurosat-1": {"ipc": 1, "Iteration": 1500} | EUROSAT_RECIPE,
+    "eurosat-10": {"ipc": 10, "syn_steps": 20, "max_start_epoch": 4} | EUROSAT_HARD,
+    "eurosat-50": {"ipc": 50, "syn_steps": 20, "max_start_epoch": 5, "batch_syn": 100}
+    | EUROSAT_HARD,
 }
 PRESETS = {
-    name: {
-        "experts": data | experts,
-        "distillation": data | {k: v for k, v in zip(FLAGS, values) if v is not None},
-    }
-    for name, (data, experts, values) in TABLE.items()
+    name: {"experts": data | MTT_EXPERTS, "distillation": data | dict(zip(MTT_FLAGS, values))}
+    for name, (data, values) in MTT_TABLE.items()
+} | {
+    name: {"experts": EUROSAT | EUROSAT_EXPERTS, "distillation": EUROSAT | flags}
+    for name, flags in EUROSAT_TABLE.items()
 }
 
 

@@ -64,7 +64,7 @@ def parse_args():
         saved = parser.recorded(given["resume"])
         if not saved:
             parser.error(f"--resume={given['resume']}: no run was started there (no run.json)")
-    elif evaluate_set.is_saved(what):
+    elif saved_sets.is_saved(what):
         saved = parser.recorded(saved_sets.saved_folder(what))
         if saved and preset:
             parser.error(f"--preset={given['preset']}: the run has its own flags: leave it out")

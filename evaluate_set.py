@@ -11,20 +11,14 @@ import trajectories
 import utils
 from datasets import by_name
 from datasets.preprocessing import CORESETS, Data, Layout, coreset
-from datasets.saved_sets import check_set, classes_of, load_set, saved_folder
+from datasets.saved_sets import check_set, classes_of, is_saved, load_set, saved_folder
 from run import report
 from run.state import LABELS
 from system import files, machine, process
 from system.process import ReportedError
 from trajectories import load_experts
 
-REAL_SETS = ("random", *CORESETS, "full")  # of --evaluate
 ALPHAS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # of --search_alpha
-
-
-def is_saved(what):
-    """Tell whether --evaluate names a saved set."""
-    return what is not None and what not in REAL_SETS
 
 
 # --------------------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def make_sgd_step(model, form, machine):
     if machine.device.type != "cuda" or any(True for _ in network.buffers()):
         return None
     step = partial(sgd_step, ReparamModule(network, machine.amp))
-    return machine.compiler.function(step)
+    return machine.compiler.retrying(machine.compiler.function(step))
 
 
 def sgd_step(module, thetas, momenta, x, y, rate):
@@ -354,7 +354,7 @@ class Evaluations:
         """The evaluations of the same networks as the latest one, trained for as many epochs."""
 
         def kind(row):
-            return row["scores"].keys(), row.get("epochs")  # earlier versions kept none
+            return row["scores"].keys(), row["epochs"]
 
         return [row for row in self.rows if kind(row) == kind(self.rows[-1])]
 

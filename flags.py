@@ -24,7 +24,7 @@ from cli import (
 from datasets import saved_sets
 from datasets.by_name import DATASETS, IM_SIZE
 from datasets.preprocessing import CORESETS
-from evaluate_set import REAL_SETS, is_saved
+from datasets.saved_sets import REAL_SETS, is_saved
 from evaluation import EVAL_POOLS
 from objectives import OBJECTIVES
 from reparam_module import UNROLLS
@@ -51,7 +51,7 @@ def add_data_flags(parser):
     add(
         "--preset",
         type=choice(PRESETS),
-        help=f"named settings; other flags override: {', '.join(PRESETS)}",
+        help="settings of docs/hyperparameters.md, by name; other flags override them",
     )
     add("--dataset", type=dataset, default="EuroSAT", metavar="NAME", help=", ".join(DATASETS))
     add("--data_path", type=folder_path, default=Path("data"), help="data set and its caches")

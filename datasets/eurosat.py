@@ -5,7 +5,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from datasets.pictures import Listing, read_pictures
 from system import files
@@ -23,6 +23,8 @@ CLASS_NAMES = (
     "River",
     "SeaLake",
 )
+# By the names of folders: the class's own, or in lower case.
+CLASS_OF = {entry: name for name in CLASS_NAMES for entry in (name.lower(), name)}
 IM_SIZE = 64
 EUROSAT_SIZE = 27_000  # images
 EUROSAT_FOLDERS = (".", "2750", "EuroSAT_RGB", "EuroSAT", "EuroSAT/2750", "eurosat/2750")
@@ -71,44 +73,21 @@ def find_eurosat(data_path):
 
 def class_parent(data_path):
     """The folder that has class folders, if there is one."""
-    for folder in (in_any_case(data_path, name) for name in EUROSAT_FOLDERS):
-        if folder and class_folders(folder):
-            return folder
+    for name in EUROSAT_FOLDERS:
+        if class_folders(data_path / name):
+            return data_path / name
     return None
 
 
-def in_any_case(folder, name):
-    """The subfolder `name`, in upper or lower case; None if there is none."""
-    for part in Path(name).parts:
-        exact = folder / part
-        alike = folder.iterdir() if folder.is_dir() and not exact.is_dir() else ()
-        found = (p for p in sorted(alike) if p.name.lower() == part.lower() and p.is_dir())
-        folder = exact if exact.is_dir() else next(found, None)
-        if folder is None:
-            return None
-    return folder
-
-
 def class_folders(folder):
-    """The names of EuroSAT's class folders in a folder, in any case, by class."""
-    if not folder.is_dir():
-        return {}
-    lower = {name.lower(): name for name in CLASS_NAMES}
-    found = {}
-    for entry in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
-        if name := lower.get(entry.lower()):
-            if name in found:
-                raise ReportedError(f"{folder} holds {found[name]} and {entry}: make them one")
-            found[name] = entry
-    return found
+    """The names of EuroSAT's class folders in a folder, by class."""
+    return {name: entry for entry, name in CLASS_OF.items() if (folder / entry).is_dir()}
 
 
 def find_archive(data_path):
     """EuroSAT's archive in a folder; None: there is none."""
-    if not data_path.is_dir():
-        return None
     wanted = [name.lower() for name in EUROSAT_ARCHIVES]
-    found = (p for p in sorted(data_path.iterdir()) if p.name.lower() in wanted and p.is_file())
+    found = (path for path in sorted(data_path.glob("*")) if path.name.lower() in wanted)
     return next(found, None)
 
 
@@ -139,8 +118,7 @@ def unpack_eurosat(archive):
         try:
             with zipfile.ZipFile(archive) as zipped:
                 unpack_jpegs(zipped, unpacked)
-        # zipfile raises RuntimeError for an encrypted archive.
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise ReportedError(f"{archive} cannot be unpacked ({error}): fetch it again") from None
         missing = [name for name in CLASS_NAMES if not (unpacked / name).is_dir()]
         if missing:
@@ -154,21 +132,19 @@ def unpack_eurosat(archive):
 
 def unpack_jpegs(zipped, target):
     """Unpack JPEGs in class folders. Only the last two names of a path are used."""
-    # Some tools write backslashes.
-    named = [(member.filename.replace("\\", "/"), member) for member in zipped.infolist()]
-    members = {name: member for name, member in named if is_jpeg(name.rpartition("/")[2])}
+    members = {}
+    for member in zipped.infolist():
+        path = PurePosixPath(member.filename.replace("\\", "/"))  # some tools write backslashes
+        if path.parent.name in CLASS_OF and is_jpeg(path.name):
+            members[target / CLASS_OF[path.parent.name] / path.name] = member
     size = sum(member.file_size for member in members.values())  # zipfile reads no more than that
     if size > ARCHIVE_LIMIT:
         raise ReportedError(
             f"{zipped.filename} unpacks to {size / 1e9:.0f} GB, EuroSAT to 0.1: fetch it again"
         )
-    lower = {name.lower(): name for name in CLASS_NAMES}
-    for full_name, member in progress(members.items(), desc="unpacking EuroSAT", unit="images"):
-        *_, folder, name = ("", *full_name.split("/"))
-        if folder.lower() in lower:
-            path = target / lower[folder.lower()] / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(zipped.read(member))
+    for path, member in progress(members.items(), desc="unpacking EuroSAT", unit="images"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(zipped.read(member))
 
 
 def is_jpeg(name):

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,22 +126,16 @@ def picture_fault(image, im_size, crop):
 def depth_of(image):
     """Name the depth of an opened picture of more than 8 bits per channel; None: 8 or fewer.
 
-    Of 16-bit colours, Pillow silently keeps only the high byte: its mode is RGB. The decoder's
-    arguments say what the file holds, for example "RGB;16B".
+    Of 16-bit colours, Pillow silently keeps only the high byte: its mode is RGB. The tags of a
+    TIFF, and the arguments of a PNG's decoder, as "RGB;16B", say what the file holds.
     """
     if image.mode.startswith("F"):
         return "floating-point values"
     if image.mode.startswith("I"):
         return "more than 8 bits"
-    if image.format == "TIFF" and max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8:
+    is_wide = image.format == "TIFF" and max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
+    if is_wide or (image.format == "PNG" and ";16" in image.tile[0][3]):
         return "16 bits"
-    for decoder, _, _, arguments in image.tile:
-        parts = arguments if isinstance(arguments, tuple) else (arguments,)
-        # A bitmap's "BGR;16" is less than 8 bits per channel.
-        words = (part for part in parts if isinstance(part, str) and not part.startswith("BGR"))
-        is_wide = decoder == "SGI16" or any(re.search(r";(12|16|32)", word) for word in words)
-        if is_wide or (image.format == "PPM" and any(type(p) is int and p > 255 for p in parts)):
-            return "16 bits"
     return None
 
 

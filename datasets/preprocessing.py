@@ -246,18 +246,14 @@ def split_dataset(labels, val_fraction, classes, num_test=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Preprocessing
+# Normalisation, and ZCA whitening
+
+ZCA_EPS = 0.1
 
 
 def channels(settings):
     """Mean and standard deviation of each channel, (C, 1, 1) each."""
     return [torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std")]
-
-
-# --------------------------------------------------------------------------------------------------
-# Normalisation, and ZCA whitening
-
-ZCA_EPS = 0.1
 
 
 def channel_statistics(images):

@@ -2,29 +2,29 @@
 
 import hashlib
 import math
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from datasets.preprocessing import PIX_INIT
+from datasets.preprocessing import CORESETS, PIX_INIT
 from system import files
 from system.process import ReportedError
 
-# What a flag takes besides saved sets.
-OTHERS = {"--evaluate": "random, herding, k_center, full", "--pix_init": "real, noise"}
+# What flags take besides saved sets.
+REAL_SETS = ("random", *CORESETS, "full")
+OTHERS = {"--evaluate": ", ".join(REAL_SETS), "--pix_init": ", ".join(PIX_INIT)}
+
+
+def is_saved(what):
+    """Tell whether --evaluate names a saved set."""
+    return what is not None and what not in REAL_SETS
 
 
 def saved_folder(what):
     """The folder of a saved set, given by itself or by one of its files."""
-    path = expanded(what)
+    path = files.expanded(what)
     return path if path.is_dir() else path.parent
-
-
-def expanded(what):
-    return Path(os.path.expanduser(what))  # pathlib's version raises an error for an unknown user
 
 
 class SavedSet(NamedTuple):
@@ -42,7 +42,7 @@ def find_set(what, flag):
     beside it, dd_ranking.pt (DD-Ranking), and res_*.pt (DC, DM), whose last experiment is taken.
     Raises ReportedError for a file that cannot be read.
     """
-    path = expanded(what)
+    path = files.expanded(what)
     if path.is_dir():
         exported = path / "dd_ranking.pt"
         path = path / "images_best.pt"
@@ -50,8 +50,6 @@ def find_set(what, flag):
     content = read_file(path, flag)
     if isinstance(content, dict):
         return set_in(content, path, flag)
-    if is_pair(content):
-        return SavedSet(*content, None)
 
     def beside(name):
         if "images" not in path.name:
@@ -63,26 +61,18 @@ def find_set(what, flag):
 
 
 def set_in(content, path, flag):
-    """The `SavedSet` in a dict of DD-Ranking, of DC, or with "images" and "labels"."""
-    pairs = content.get("data")
-    if isinstance(pairs, (list, tuple)) and pairs:
-        last = pairs if is_pair(pairs) else pairs[-1]
-        if is_pair(last):
-            return SavedSet(*last, None)
-    for images, *kinds in (("image_tensor", "soft_labels", "hard_labels"), ("images", "labels")):
-        labels = [content[kind] for kind in kinds if content.get(kind) is not None]
-        if images in content and labels:
-            return SavedSet(content[images], labels[0], content.get("syn_lr"))
+    """The `SavedSet` in a dict of DD-Ranking or of DC."""
+    match content:
+        case {"data": [*_, [images, labels]]}:  # a pair for each experiment
+            return SavedSet(images, labels, None)
+        case {"image_tensor": images}:
+            soft, hard = content.get("soft_labels"), content.get("hard_labels")
+            return SavedSet(images, hard if soft is None else soft, content.get("syn_lr"))
     keys = ", ".join(map(str, list(content)[:8])) or "none"
     raise ReportedError(
         f"{flag}: {path} holds no images with labels, but a dict with the keys {keys}. Known are "
-        "image_tensor and hard_labels (DD-Ranking), data (DC), images and labels"
+        "image_tensor with soft_labels or hard_labels (DD-Ranking), and data (DC)"
     )
-
-
-def is_pair(found):
-    is_two = isinstance(found, (list, tuple)) and len(found) == 2
-    return is_two and all(isinstance(part, torch.Tensor) for part in found)
 
 
 SCALAR = np.float64(0).__reduce__()[0]  # its place differs between versions of NumPy
@@ -112,9 +102,9 @@ def saved_step_size(what, flag):
         return None
     try:
         alpha = float(syn_lr)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+    except (TypeError, ValueError, RuntimeError):
         alpha = math.nan
-    if not 0 < alpha < 1e30 or isinstance(syn_lr, bool):
+    if not 0 < alpha < 1e30:
         raise ReportedError(
             f"{flag}: what is saved with {what} as α (syn_lr_*.pt) is no step size, a positive "
             f"number, but {description(syn_lr)}"
@@ -135,10 +125,15 @@ def load_set(what, form, factor, flag):
                 f"{flag}={what}: there are no {name}: name a run's folder, a file images_*.pt with "
                 f"labels_*.pt beside it, dd_ranking.pt, res_*.pt of DC, or {OTHERS[flag]}"
             )
+        if not is_plain(part):
+            raise ReportedError(
+                f"{flag}: {what} holds no synthetic images: its {name} are a "
+                f"{type(part).__name__}, not a dense tensor of real numbers"
+            )
     images, labels = as_images(found.images), as_labels(found.labels)
     fits = is_image_set(images, form)
     count = len(images) * factor**2 if fits else 0
-    if fits and is_plain(labels) and labels.dim() and len(labels) != count:
+    if fits and labels.dim() and len(labels) != count:
         of_each = len(labels) / len(images)
         if of_each > 1 and math.isqrt(int(of_each)) ** 2 == of_each:
             raise ReportedError(
@@ -158,15 +153,11 @@ def load_set(what, form, factor, flag):
 
 def as_images(found):
     """The same in float32."""
-    return found.detach().float() if is_plain(found) and found.is_floating_point() else found
+    return found.detach().float() if found.is_floating_point() else found
 
 
 def as_labels(found):
     """Classes as int64, probabilities and one-hot rows as float32."""
-    if not is_plain(found):
-        return found
-    if found.dim() == 2 and found.shape[1] == 1:
-        found = found[:, 0]
     if found.dim() != 1:
         return found.detach().float()
     classes = found.to(torch.int64)
@@ -174,37 +165,30 @@ def as_labels(found):
 
 
 def is_plain(found):
-    """Tell whether this is a tensor of numbers in memory."""
+    """Tell whether this is a dense tensor of real numbers."""
     is_dense = isinstance(found, torch.Tensor) and found.layout == torch.strided
-    return is_dense and not (found.is_meta or found.is_quantized or found.is_complex())
+    return is_dense and not found.is_complex()
 
 
 def description(found):
     """Describe the content of a file in a few words."""
     if not isinstance(found, torch.Tensor):
         return f"a {type(found).__name__}"
-    if not is_plain(found):
-        return f"{tuple(found.shape)} {found.dtype} on {found.device}, {found.layout}"
     kind = str(found.dtype).removeprefix("torch.")
     values = f", {found.min():.4g} to {found.max():.4g}" if found.numel() else ""
-    if found.dim() == 2 and found.is_floating_point():
-        sums = found.sum(1)
-        values += f", rows that sum to {sums.min():.4g} to {sums.max():.4g}"
     return f"{tuple(found.shape)} {kind}{values}"
 
 
 def is_image_set(images, form):
-    if not (is_plain(images) and images.dtype == torch.float32):
+    if images.dtype != torch.float32 or images.dim() != 4:
         return False
-    if images.dim() != 4 or not len(images) or images.shape[1] != form.channels:
+    if not len(images) or images.shape[1] != form.channels:
         return False
     height, width = images.shape[2:]
     return height == width >= form.im_size and bool(images.isfinite().all())
 
 
 def is_label_set(labels, count, form):
-    if not is_plain(labels):
-        return False
     if labels.dtype == torch.float32:
         fits = labels.shape == (count, form.num_classes) and bool((labels >= 0).all())
         return fits and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
@@ -262,7 +246,7 @@ def save_set(folder, tag, images, labels, syn_lr):
 
 def pix_init(text):
     """A value of --pix_init: one of PIX_INIT, or the path of a saved set."""
-    return text if text in PIX_INIT else expanded(text)
+    return text if text in PIX_INIT else files.expanded(text)
 
 
 def initial_set(pix_init, layout, data, generator):

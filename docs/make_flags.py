@@ -1,8 +1,8 @@
-"""The tables of all flags in docs/hyperparameters.md, made from the parsers.
+"""The tables of flags and presets in docs/hyperparameters.md, made from the code.
 
     python docs/make_flags.py
 
-writes them between the page's two marks; a test compares.
+writes them between the page's marks; a test compares.
 """
 
 import sys
@@ -12,9 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distillation  # found through the line above
 import expert_trajectories
+from cli import PRESETS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "hyperparameters.md"
-BEGIN, END = "<!-- made by docs/make_flags.py -->\n", "<!-- end -->\n"
+FLAGS = "<!-- flags: made by docs/make_flags.py -->\n"
+TABLES = "<!-- presets: made by docs/make_flags.py -->\n"
+END = "<!-- end -->\n"
 
 
 def parsers():
@@ -49,10 +52,30 @@ def rows(parser):
             yield f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n"
 
 
+def presets(names):
+    """A table of presets: a row for each flag that one of them sets, a column for each preset."""
+    chosen = {name: PRESETS[name]["distillation"] for name in names}
+    flags = dict.fromkeys(flag for preset in chosen.values() for flag in preset)
+    lines = [["flag", *(f"`{name}`" for name in names)], ["---"] * (len(names) + 1)]
+    for flag in flags:
+        values = (preset.get(flag, "–") for preset in chosen.values())
+        lines.append([f"`--{flag}`", *(f"{v:g}" if type(v) is float else str(v) for v in values)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def preset_tables():
+    """The tables of EuroSAT's presets and of MTT's."""
+    ours = [name for name in PRESETS if name.startswith("eurosat")]
+    return f"{presets(ours)}\n{presets([name for name in PRESETS if name not in ours])}"
+
+
 def page():
     """The page with its tables up to date."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}"
+    text = PAGE.read_text()
+    for mark, made in ((FLAGS, tables()), (TABLES, preset_tables())):
+        before, _, rest = text.partition(mark)
+        text = f"{before}{mark}\n{made}\n{END}{rest.partition(END)[2]}"
+    return text
 
 
 if __name__ == "__main__":

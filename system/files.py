@@ -9,6 +9,7 @@ import uuid
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import filelock
 import torch
@@ -19,6 +20,11 @@ TEMPORARY = ".eurosat-mtt.tmp"  # how the name of every unfinished file ends, an
 
 # --------------------------------------------------------------------------------------------------
 # Writing and reading
+
+
+def expanded(path):
+    """A path with `~` expanded, which shells leave alone after `--flag=`."""
+    return Path(os.path.expanduser(path))  # pathlib's version raises an error for an unknown user
 
 
 def write_whole(path, write):
@@ -105,6 +111,9 @@ def write_cache(path, content):
 # --------------------------------------------------------------------------------------------------
 # Locks
 
+# Errors of file systems that have no locks, as NFS without its daemon.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 @contextmanager
 def locked(folder, name=".lock", wait=True, reader=False):
@@ -118,9 +127,9 @@ def locked(folder, name=".lock", wait=True, reader=False):
     goes_on = reader
     try:
         lock = take_lock(folder / name, wait)
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         lock = None
-        if is_without_locks(error):
+        if error.errno in WITHOUT_LOCKS:
             goes_on = True
             warnings.warn(
                 f"the file system of {folder} has no locks ({first_line(error)}): let no other "
@@ -144,12 +153,6 @@ def locked(folder, name=".lock", wait=True, reader=False):
             folder.rmdir()  # as it was
 
 
-def is_without_locks(error):
-    """Tell whether a lock failed because the file system has none, as NFS without its daemon."""
-    lacking = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-    return isinstance(error, NotImplementedError) or error.errno in lacking
-
-
 def take_lock(path, wait):
     """The acquired lock on `path`; None if another process holds it and `wait` is false."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,10 +171,8 @@ def remove_leftovers(folder):
     """Remove the temporary files and the locks of this project's dead processes."""
     for leftover in folder.glob(f".*{TEMPORARY}"):
         with suppress(OSError):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+            remove = shutil.rmtree if leftover.is_dir() else os.remove
+            remove(leftover)
     for path in folder.glob(".expert_*.lock"):
         with suppress(filelock.Timeout, OSError), filelock.FileLock(path, timeout=0):
             path.unlink()

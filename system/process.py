@@ -181,7 +181,7 @@ class Interval:
 
 
 class TimeLeft:
-    """`time_left(done)`: how long the rest of `total` items takes, at the pace since the first call.
+    """`time_left(done)`: how long the rest takes, at the pace since the first call.
 
     What comes before it, as compilation, does not count.
     """

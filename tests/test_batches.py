@@ -61,18 +61,6 @@ def test_a_drawn_batch_gives_the_same_images_each_time(augment, canvases, seed):
 
 
 @every_augment
-def test_drawing_takes_as_many_random_numbers_whether_or_not_a_batch_is_applied(augment, canvases):
-    images, labels = canvases
-    images = of_side(augment, images)
-    drawn = seeded(0)
-    applied = seeded(0)
-    for _ in range(8):
-        augment.draw(torch.arange(4), drawn)
-        augment(images, augment.draw(torch.arange(4), applied), labels)
-        assert torch.equal(drawn.get_state(), applied.get_state())
-
-
-@every_augment
 def test_a_batch_takes_the_images_that_it_names_and_leaves_them_as_they_are(augment, canvases):
     images, labels = canvases
     images = of_side(augment, images)
@@ -173,14 +161,3 @@ def test_batches_that_are_sent_are_the_same_batches():
 
 def parts(batch):
     return [batch.indices, *batch.offsets, *batch.parameters]
-
-
-@pytest.mark.parametrize("group", ["plain", *DSA])
-def test_a_batch_that_was_sent_gives_the_same_images(canvases, group):
-    images, labels = canvases
-    augment = Augment(32, (group,))
-    batch = augment.draw(torch.tensor([0, 3]), seeded(2))
-    (moved,) = utils.to_device([batch], CPU)
-    x, y = augment(images, batch, labels)
-    other, other_y = augment(images, moved, labels)
-    assert torch.equal(x, other) and torch.equal(y, other_y)

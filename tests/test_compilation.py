@@ -115,39 +115,45 @@ def test_after_a_failure_functions_and_networks_run_as_they_are(failures, monkey
     assert "compiled" not in capfd.readouterr().out
 
 
-def failing(message):
-    """A function that fails as long as something is compiled, and the calls of it."""
-    calls = []
+@pytest.fixture
+def fail(failures, monkeypatch):
+    """A function: have all that is compiled fail with a message; returns the modes of its calls."""
 
-    def run(compiler):
-        calls.append((compiler.graphs, compiler.compiles))
-        if compiler.compiles:
-            raise RuntimeError(message)
-        return "done"
+    def fail(message):
+        modes = []
 
-    return run, calls
+        def compile(function, mode=None, **_):
+            def run(*_):
+                modes.append(mode)
+                raise RuntimeError(message)
+
+            return run
+
+        monkeypatch.setattr(torch, "compile", compile)
+        return modes
+
+    return fail
 
 
-def test_what_fails_on_cuda_runs_without_graphs_then_uncompiled(failures, monkeypatch):
+def test_what_fails_on_cuda_runs_without_graphs_then_uncompiled(fail, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    modes = fail("operation not permitted when stream is capturing")
     compiler = Compiler()
-    run, calls = failing("operation not permitted when stream is capturing")
+    function = compiler.retrying(compiler.function(double))
     with pytest.warns(UserWarning, match="failed, continuing without it: operation") as caught:
-        assert compiler.retrying(run)(compiler) == "done"
-    assert calls == [(True, True), (False, True), (False, False)]
+        assert function(torch.ones(3))[0].tolist() == [2, 2, 2]
+    assert modes == ["reduce-overhead", None]
     assert [str(w.message).split(" failed")[0] for w in caught] == ["a CUDA graph", "torch.compile"]
 
 
 @pytest.mark.parametrize("cuda, message", [(True, "CUDA out of memory"), (False, "no such shape")])
-def test_a_lack_of_memory_and_faults_on_a_cpu_are_raised_at_once(
-    failures, monkeypatch, cuda, message
-):
+def test_a_lack_of_memory_and_faults_on_a_cpu_are_raised_at_once(fail, monkeypatch, cuda, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    modes = fail(message)
     compiler = Compiler()
-    run, calls = failing(message)
     with pytest.raises(RuntimeError, match=message):
-        compiler.retrying(run)(compiler)
-    assert len(calls) == 1
+        compiler.retrying(compiler.function(double))(torch.ones(3))
+    assert len(modes) == 1
 
 
 # --------------------------------------------------------------------------------------------------

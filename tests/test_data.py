@@ -89,9 +89,7 @@ def test_images_and_labels_come_as_uint8_and_int64_sorted_by_class(folder):
     assert torch.equal(images[8 * 6], torch.from_numpy(river).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize(
-    "inside", ["2750", "EuroSAT_RGB", "eurosat_rgb", "EuroSAT/2750", "eurosat/2750"]
-)
+@pytest.mark.parametrize("inside", ["2750", "EuroSAT_RGB", "EuroSAT/2750", "eurosat/2750"])
 def test_class_folders_are_found_in_the_known_subfolders(folder, tmp_path, digest, inside):
     (tmp_path / "other" / inside).parent.mkdir(parents=True)
     folder.rename(tmp_path / "other" / inside)
@@ -123,12 +121,6 @@ def test_class_folders_in_lower_case_are_found(folder, digest):
         (folder / f"{name}_").rename(folder / name.lower())
     images = load_eurosat(folder)
     assert images.digest == digest and images.classes == CLASS_NAMES
-
-
-def test_a_class_that_is_there_twice_is_named(folder):
-    (folder / "river").mkdir()
-    with pytest.raises(ReportedError, match="holds River and river: make them one"):
-        load_eurosat(folder)
 
 
 def test_an_archive_with_backslashes_and_lower_case_is_unpacked(folder, tmp_path, digest):
@@ -223,25 +215,11 @@ def test_what_macos_leaves_beside_an_image_is_no_image(folder, tmp_path, digest)
     assert load_eurosat(archive.parent)[2] == digest
 
 
-def test_an_archive_beside_an_empty_class_parent_is_unpacked(folder, tmp_path, digest):
+def test_a_damaged_archive_is_reported_and_leaves_nothing_behind(folder, tmp_path):
     archive = pack(folder, tmp_path / "other" / "EuroSAT.zip", "2750")
-    (archive.parent / "2750").mkdir()
-    assert load_eurosat(archive.parent)[2] == digest
-
-
-def damage_archive(archive, how):
     content = bytearray(archive.read_bytes())
-    if how == "cut short":
-        content = content[: len(content) // 2]
-    else:  # bytes of the first member's deflated stream
-        content[100:140] = bytes(255 - byte for byte in content[100:140])
+    content[100:140] = bytes(255 - byte for byte in content[100:140])  # of the first member
     archive.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["cut short", "bytes changed"])
-def test_a_damaged_archive_is_reported_and_leaves_nothing_behind(folder, tmp_path, how):
-    archive = pack(folder, tmp_path / "other" / "EuroSAT.zip", "2750")
-    damage_archive(archive, how)
     with pytest.raises(ReportedError, match=r"EuroSAT\.zip cannot be unpacked .*fetch it again"):
         load_eurosat(archive.parent)
     assert os.listdir(archive.parent) == ["EuroSAT.zip"]
@@ -344,16 +322,14 @@ def test_a_replaced_an_added_and_a_removed_file_are_noticed(folder):
     assert len(set(digests)) == 4
 
 
-@pytest.mark.parametrize("damage", ["other bytes", "cut short", "empty", "another tensor file"])
+@pytest.mark.parametrize("damage", ["cut short", "another tensor file"])
 def test_a_damaged_cache_is_made_again_with_a_warning(folder, digest, damage):
     load_eurosat(folder)
     cache = folder / EUROSAT_CACHE
-    content = cache.read_bytes()
-    half = content[: len(content) // 2]
     if damage == "another tensor file":
         torch.save(torch.zeros(3), cache)
     else:
-        cache.write_bytes({"other bytes": b"x" * 1000, "cut short": half, "empty": b""}[damage])
+        cache.write_bytes(cache.read_bytes()[:10_000])
     with pytest.warns(UserWarning, match=f"{EUROSAT_CACHE} cannot be read .*making it again"):
         assert load_eurosat(folder)[2] == digest
     assert load_eurosat(folder)[2] == digest  # and pytest would show a second warning
@@ -374,11 +350,6 @@ def remove_class(folder):
     shutil.rmtree(folder / "River")
 
 
-def empty_class(folder):
-    for path in (folder / "River").iterdir():
-        path.unlink()
-
-
 def resize_image(folder):
     Image.new("RGB", (48, 32)).save(folder / "River" / "River_2.jpg")
 
@@ -388,23 +359,12 @@ def truncate_image(folder):
     path.write_bytes(path.read_bytes()[:600])
 
 
-def write_text(folder):
-    (folder / "River" / "notes.jpg").write_text("This is no image.")
-
-
-def empty_file(folder):
-    (folder / "River" / "empty.jpg").touch()
-
-
 @pytest.mark.parametrize(
     "spoil, parts",
     [
         (remove_class, ["River is missing", "unpack it again"]),
-        (empty_class, ["River holds no JPEG", "unpack"]),
         (resize_image, ["River_2.jpg is 48x32 pixels", "64x64"]),
         (truncate_image, ["River_3.jpg cannot be decoded", "replace it"]),
-        (write_text, ["notes.jpg cannot be decoded", "replace it"]),
-        (empty_file, ["empty.jpg cannot be decoded", "replace it"]),
     ],
 )
 def test_faults_of_the_data_are_reported_with_the_files_name(folder, spoil, parts):
@@ -419,13 +379,6 @@ def test_faults_of_the_data_are_reported_with_the_files_name(folder, spoil, part
 def test_a_grey_jpeg_is_read_as_rgb(folder):
     Image.new("L", (64, 64), 77).save(folder / "River" / "River_1.jpg")
     assert (load_eurosat(folder)[0][8 * 6] - 77 == 0).all()
-
-
-def test_a_class_too_small_to_split_is_reported(folder):
-    for number in range(2, 7):
-        (folder / "SeaLake" / f"SeaLake_{number}.jpg").unlink()
-    with pytest.raises(ReportedError, match="class SeaLake has only 1 images"):
-        load_data("EuroSAT", folder, zca=False, val_fraction=0.5, device="cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -455,10 +408,7 @@ def test_splits_are_the_same_on_every_call_and_share_the_test_set():
     assert not torch.equal(first.test, in_order)
 
 
-SMALL = [(0, 0), (1, 0), (4, 0.1), (6, 0.1), (10, 0.96)]
-
-
-@pytest.mark.parametrize("per_class, val_fraction", SMALL)
+@pytest.mark.parametrize("per_class, val_fraction", [(1, 0), (6, 0.1), (10, 0.96)])
 def test_too_small_classes_are_not_split(per_class, val_fraction):
     sizes = torch.tensor([50] * 9 + [per_class])
     message = f"SeaLake has only {per_class} images.*val_fraction={val_fraction}"

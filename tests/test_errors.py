@@ -4,7 +4,6 @@ The rows run in this process, each in a few milliseconds. Warnings are errors he
 are lines that a user would see.
 """
 
-import json
 import os
 import re
 import shutil
@@ -67,48 +66,25 @@ def check(done, script, parts, cwd):
 # --------------------------------------------------------------------------------------------------
 # Flags
 
-COUNTS = {  # flags that count something, and their scripts
-    BOTH: ["--batch_train"],
-    (EXPERTS,): ["--num_experts", "--train_epochs"],
-    (DISTILLATION,): [
-        "--ipc",
-        "--expert_epochs",
-        "--syn_steps",
-        "--max_start_epoch",
-        "--batch_syn",
-        "--canvas_size",
-        "--canvas_samples",
-        "--num_eval",
-        "--eval_it",
-        "--epoch_eval_train",
-        "--batch_real",
-        "--max_files",
-        "--max_experts",
-        "--checkpoint_every",
-        "--total_steps",
-        "--batch_objective",
-        "--segments",
-        "--label_epoch",
-    ],
+# Flags that count something, that are numbers, and that are switches, by their scripts.
+COUNTS = {
+    BOTH: "--batch_train",
+    (EXPERTS,): "--num_experts --train_epochs",
+    (DISTILLATION,): "--ipc --expert_epochs --syn_steps --max_start_epoch --batch_syn "
+    "--canvas_size --canvas_samples --num_eval --eval_it --epoch_eval_train --batch_real "
+    "--max_files --max_experts --checkpoint_every --total_steps --batch_objective --segments "
+    "--label_epoch",
 }
 NUMBERS = {
-    BOTH: ["--lr_teacher"],
-    (EXPERTS,): ["--l2", "--mom"],
-    (DISTILLATION,): ["--lr_img", "--lr_lr", "--lr_labels", "--unroll_memory", "--max_loss"],
+    BOTH: "--lr_teacher",
+    (EXPERTS,): "--l2 --mom",
+    (DISTILLATION,): "--lr_img --lr_lr --lr_labels --unroll_memory --max_loss --mom_syn",
 }
 SWITCHES = {
-    BOTH: ["--dsa", "--zca", "--amp", "--compile"],
-    (EXPERTS,): ["--decay"],
-    (DISTILLATION,): [
-        "--no_aug",
-        "--texture",
-        "--load_all",
-        "--skip_damaged",
-        "--force_save",
-        "--shard_batch",
-        "--clip",
-        "--search_alpha",
-    ],
+    BOTH: "--dsa --zca --amp --compile",
+    (EXPERTS,): "--decay",
+    (DISTILLATION,): "--no_aug --texture --load_all --skip_damaged --force_save --shard_batch "
+    "--clip --search_alpha",
 }
 NO_COUNTS = {
     "0": "at least 1",
@@ -133,7 +109,7 @@ def rows_of(table, values):
     return [
         (scripts, f"{flag}={value}", [flag, value, part])
         for scripts, flags in table.items()
-        for flag in flags
+        for flag in flags.split()
         for value, part in values.items()
     ]
 
@@ -145,7 +121,6 @@ FLAGS = [  # scripts, flags, what the line must name
     *rows_of(SWITCHES, NO_SWITCHES),
     # networks
     (BOTH, "--model=LeNet", ["--model=LeNet", "choose from", "ConvNet", "MLP", "ResNet18"]),
-    (BOTH, "--model=", ["--model=", "choose from"]),
     (BOTH, "--model=ConvNetD7", ["--model=ConvNetD7", "ConvNetD6"]),
     (DISTILLATION, "--model=ConvNetBN", ["--model=ConvNetBN", "batch normalisation", "instance"]),
     (DISTILLATION, "--objective=labels", ["--objective", "labels", "trajectory", "loss"]),
@@ -162,35 +137,28 @@ FLAGS = [  # scripts, flags, what the line must name
     (BOTH, "--dataset=MNIST", ["--dataset", "MNIST", "EuroSAT", "ToySAT", "CIFAR100"]),
     (BOTH, "--im_size=1", ["--im_size", "1", "at least 2"]),
     (BOTH, "--im_size=5000", ["--im_size", "5000", "less than 4097"]),
-    (BOTH, "--im_size=two", ["--im_size", "two", "whole number"]),
     (BOTH, "--im_size=32", ["--im_size=32", "EuroSAT", "64 pixels", "--dataset=ImageFolder"]),
     (BOTH, "--dataset=ImageFolder --im_size=4", ["--model=ConvNetW32", "4x4"]),
     (BOTH, "--dataset=ImageFolder --data_path=nowhere", ["--data_path=nowhere", "No such file"]),
     (BOTH, "--val_fraction=1.5", ["--val_fraction", "1.5", "less than 1"]),
     (BOTH, "--val_fraction=-0.1", ["--val_fraction", "-0.1", "at least 0"]),
-    (BOTH, "--val_fraction=nan", ["--val_fraction", "nan", "at least 0"]),
     (BOTH, "--preset=mnist-1", ["--preset", "mnist-1", "cifar10-1", "eurosat-10"]),
     # training
     (BOTH, "--dsa_strategy=foo", ["--dsa_strategy", "foo", STRATEGY]),
-    (BOTH, "--dsa_strategy=", ["--dsa_strategy", "''", STRATEGY]),
     (BOTH, "--lr_teacher=0", ["--lr_teacher", "0", "more than 0"]),
     (EXPERTS, "--mom=1", ["--mom", "1", "less than 1"]),
     (BOTH, "--seed=-1", ["--seed", "-1", "at least 0"]),
     (BOTH, "--seed=2147483648", ["--seed", "2147483648", "less than 2147483648"]),
-    (BOTH, "--seed=one", ["--seed", "one", "whole number"]),
     # machine
     (BOTH, "--device=nonsense", ["--device=nonsense", "--device=cpu"]),
-    (BOTH, "--device=meta", ["--device=meta", "--device=cpu"]),
     (BOTH, "--device=cuda:7", ["--device=cuda:7", "--device=cpu"]),
     (BOTH, "--no-compile=True", ["--no-compile", "True"]),
     # what the parser does not know
     (BOTH, "--unknown=1", ["--unknown", "--help"]),
-    (BOTH, "--save_interval=2", ["--save_interval", "--help"]),
     (BOTH, "--batch_tra=8", ["--batch_tra", "--help"]),
     (BOTH, "positional", ["positional", "--help"]),
     # distillation
     (DISTILLATION, "--Iteration=-1", ["--Iteration", "-1", "at least 0"]),
-    (DISTILLATION, "--Iteration=x", ["--Iteration", "x", "whole number"]),
     (DISTILLATION, "--ipc=4", ["--ipc=4", "3 training images", "AnnualCrop", "lower it"]),
     (DISTILLATION, "--pix_init=zeros", ["--pix_init", "zeros", "there are no images"]),
     (DISTILLATION, "--batch_syn=11", ["--batch_syn=11", "10 synthetic images"]),
@@ -219,27 +187,21 @@ FLAGS = [  # scripts, flags, what the line must name
     ),
     (DISTILLATION, "--evaluate=nowhere", ["--evaluate=nowhere", "images_*.pt", "random", "full"]),
     (DISTILLATION, "--evaluate=", ["--evaluate=''", "names nothing"]),
-    (DISTILLATION, "--export=out", ["--export", "--evaluate"]),
     (DISTILLATION, "--export=out --evaluate=random", ["--export", "--evaluate"]),
     # results
     (BOTH, "--wandb_mode=never", ["--wandb_mode", "never", "offline"]),
     (BOTH, "--wandb_project=a/b", ["--wandb_project", "a/b"]),
     (BOTH, "--wandb_entity=", ["--wandb_entity", "''"]),
     (DISTILLATION, "--run_name=../elsewhere", ["--run_name", "../elsewhere", "--log_dir"]),
-    (DISTILLATION, "--run_name=", ["--run_name", "''", "--log_dir"]),
     (DISTILLATION, "--run_name=..", ["--run_name", "'..'", "--log_dir"]),
     (DISTILLATION, "--resume=nowhere", ["--resume=nowhere", "run.json"]),
     (DISTILLATION, f"--resume={__file__}", [f"--resume={__file__}", "is a file: name the run's"]),
     (BOTH, "--dataset=Tiny", ["'Tiny'", "ImageFolder", "--preset=tiny-1"]),
-    (DISTILLATION, "--pix_init=", ["--pix_init", "there are no images"]),
     (DISTILLATION, f"--pix_init={__file__}", ["--pix_init", "cannot be read"]),
-    (DISTILLATION, "--evaluate=k_centre", ["--evaluate=k_centre", "k_center"]),
     (DISTILLATION, f"--evaluate={__file__}", ["--evaluate", "cannot be read"]),
     (DISTILLATION, "--evaluate=random --labels=learned", ["--labels=learned", "hard or soft"]),
     (DISTILLATION, "--evaluate=nowhere --labels=hard", ["--labels=hard", "leave it out"]),
-    (DISTILLATION, "--evaluate=nowhere --label_epoch=2", ["--label_epoch=2", "leave it out"]),
     (DISTILLATION, "--label_epoch=2", ["--label_epoch=2", "--labels=soft"]),
-    (DISTILLATION, "--evaluate=random --label_epoch=2", ["--label_epoch=2", "--labels=soft"]),
     (DISTILLATION, "--evaluate=random --ipc=100", ["--ipc=100", "training images", "lower it"]),
     # pairs that contradict each other
     (DISTILLATION, "--resume=nowhere --evaluate=random", ["--resume", "--evaluate", "leave one"]),
@@ -288,50 +250,19 @@ def test_a_shell_sees_one_line_and_exit_code_2(run, tmp_path):
 
 
 @pytest.mark.parametrize("script", BOTH)
-@pytest.mark.parametrize("content", ["file", "empty folder"])
-def test_data_that_is_not_there_is_asked_for(refuse, monkeypatch, tmp_path, script, content):
+def test_data_that_is_not_there_is_asked_for(refuse, monkeypatch, tmp_path, script):
     def no_network(*_, **__):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "EuroSAT", no_network)
     place = tmp_path / "data"
-    if content == "file":
-        place.touch()
-        refuse(script, [str(place)], f"--data_path={place}")
-        assert place.is_file()
-    else:
-        place.mkdir()
-        refuse(script, [str(place), "EuroSAT_RGB.zip"], f"--data_path={place}")
-        assert not list(place.iterdir())
-
-
-@pytest.mark.parametrize("script", BOTH)
-def test_a_missing_class_folder_is_named(refuse, tiny_folder, tmp_path, script):
-    for name in ("Forest", "River"):
-        shutil.copytree(tiny_folder / name, tmp_path / "data" / name)
-    refuse(script, ["AnnualCrop is missing", "unpack it again"], f"--data_path={tmp_path / 'data'}")
-
-
-@pytest.mark.parametrize("script", BOTH)
-def test_a_damaged_image_is_named(refuse, tiny_folder, tmp_path, script):
-    without_cache = shutil.ignore_patterns("*.pt")
-    folder = shutil.copytree(tiny_folder, tmp_path / "data", ignore=without_cache)
-    (folder / "River" / "River_3.jpg").write_text("This is no image.")
-    refuse(script, ["River_3.jpg", "replace it"], f"--data_path={folder}")
+    place.mkdir()
+    refuse(script, [str(place), "EuroSAT_RGB.zip"], f"--data_path={place}")
+    assert not list(place.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------
 # Experts
-
-
-def copy_with(buffers, folder, **settings):
-    """A copy of experts whose records say that they were made with these settings."""
-    shutil.copytree(buffers, folder)
-    for path in folder.rglob("*.json"):
-        record = json.loads(path.read_text())
-        record["settings"] |= settings
-        path.write_text(json.dumps(record))
-    return folder
 
 
 def test_missing_experts_are_named_with_the_command_that_makes_them(refuse, tmp_path):
@@ -341,12 +272,6 @@ def test_missing_experts_are_named_with_the_command_that_makes_them(refuse, tmp_
     parts = ["replay_buffer_0.pt", place, "expert_trajectories.py"]
     refuse(DISTILLATION, parts, f"--buffer_path={folder}")
     assert not list(folder.iterdir())
-
-
-def test_experts_made_with_zca_are_refused_without(refuse, experts, tmp_path):
-    whitened = copy_with(experts, tmp_path / "whitened", zca=True)
-    parts = ["replay_buffer_0.pt", "zca=True (here False)"]
-    refuse(DISTILLATION, parts, f"--buffer_path={whitened}")
 
 
 def test_experts_made_on_other_data_are_refused(refuse, tmp_path):
@@ -377,14 +302,6 @@ def test_an_unreadable_folder_is_named(refuse, tmp_path, script):
     (closed / "EuroSAT_NO_ZCA").chmod(0)
     refuse(script, [str(closed)], f"--buffer_path={closed}")
     (closed / "EuroSAT_NO_ZCA").chmod(0o700)
-
-
-@pytest.mark.parametrize("script, part", [(EXPERTS, "no record"), (DISTILLATION, "no trajectory")])
-def test_a_foreign_file_among_the_experts_is_named(refuse, tmp_path, script, part):
-    folder = tmp_path / "buffers" / "EuroSAT_NO_ZCA" / "ConvNetW32"
-    folder.mkdir(parents=True)
-    (folder / "replay_buffer_0.pt").write_text("hello")
-    refuse(script, ["replay_buffer_0.pt", part], f"--buffer_path={tmp_path / 'buffers'}")
 
 
 # --------------------------------------------------------------------------------------------------

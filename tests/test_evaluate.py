@@ -29,7 +29,7 @@ from evaluation import (
 from networks import ConvNet
 from reparam_module import ReparamModule
 from system import process
-from system.compilation import Compiler
+from system.compilation import FAILURES, Compiler
 from system.machine import Machine
 from system.process import ReportedError
 from system.ranks import ALONE
@@ -65,27 +65,19 @@ def evaluator(data):
     )
 
 
-@pytest.mark.parametrize(
-    "mode, names",
-    [
-        ("S", ["MLP"]),
-        ("A", ["ConvNet", "MLP", "ResNet18"]),
-        ("R", ["MLP", "ResNet18"]),
-        ("M", ["MLP"]),
-        ("C", ["MLP", "ConvNet"]),
-        ("W", ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"]),
-        ("D", ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"]),
-        ("P", ["ConvNetNP", "ConvNetMP", "ConvNetAP"]),
-        ("N", ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"]),
-    ],
-)
-def test_each_eval_mode_stands_for_its_networks(mode, names):
-    assert list(make_pool(mode, "MLP", Form(10, 32), MACHINE)) == names
-
-
-def test_every_eval_mode_is_in_the_table_above():
-    (table,) = test_each_eval_mode_stands_for_its_networks.pytestmark
-    assert [mode for mode, _ in table.args[1]] == list(EVAL_POOLS)
+def test_each_eval_mode_stands_for_its_networks():
+    pools = {mode: list(make_pool(mode, "MLP", Form(10, 32), MACHINE)) for mode in EVAL_POOLS}
+    assert pools == {
+        "S": ["MLP"],
+        "A": ["ConvNet", "MLP", "ResNet18"],
+        "R": ["MLP", "ResNet18"],
+        "M": ["MLP"],
+        "C": ["MLP", "ConvNet"],
+        "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
+        "D": ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
+        "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
+        "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
+    }
 
 
 def test_on_a_cpu_networks_are_trained_one_after_the_other():
@@ -253,6 +245,25 @@ def test_a_pool_with_a_step_trains_its_networks_together(evaluator, data):
     count = sum(p.numel() for p in network.parameters())
     assert len(calls) == 4 * 8  # epochs, batches of 4
     assert calls[0] == [(2, count), (2, count), (2, 4, 3, 16, 16), (2, 4), ()]
+
+
+def test_a_step_that_fails_compiled_is_taken_again_without(monkeypatch):
+    network = ConvNet(3, 10, 16, width=4, depth=1)
+
+    def fail(*_):
+        raise RuntimeError("Triton failed")
+
+    monkeypatch.setattr(utils, "initial_network", lambda *_: network)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(FAILURES, "seen", False)
+    machine = Machine(torch.device("cuda"), ALONE, Compiler())
+    step = evaluation.make_sgd_step(MODEL, Form(10, 16), machine)
+    theta = torch.cat([p.detach().flatten() for p in network.parameters()])[None]
+    inputs = theta, 0 * theta, torch.randn(1, 4, 3, 16, 16), torch.zeros(1, 4).long(), 0.01
+    with pytest.warns(UserWarning, match="failed, continuing without it: Triton failed"):
+        computed = step(*inputs)
+    torch.testing.assert_close(computed, sgd_step(ReparamModule(network), *inputs))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,8 +469,6 @@ def test_real_images_are_chosen_and_labelled_by_experts(
 @pytest.mark.parametrize(
     "given, part",
     [
-        (["--evaluate=random", "--labels=learned"], "--evaluate=random: hard or soft"),
-        (["--evaluate=elsewhere", "--labels=soft"], "--labels=soft: a saved set has its labels"),
         (["--evaluate=herding"], "train experts first"),
         (["--evaluate=random", "--labels=soft"], "train experts first"),
         (["--evaluate=random", "--labels=soft", "--label_epoch=99"], "--label_epoch=99 is beyond"),
@@ -514,23 +523,14 @@ def test_sets_of_other_tools_are_read(evaluate, refuse, flags, tmp_path):
     _, soft = evaluate(*flags, f"--evaluate={tmp_path}")
     assert soft["images"] == 10
 
-    dicts = [
-        {"image_tensor": IMAGES, "soft_labels": None, "hard_labels": LABELS, "syn_lr": 0.01},
-        {"images": IMAGES.double(), "labels": LABELS[:, None], "syn_lr": 0.01},
-        {"data": [IMAGES, LABELS.int()], "syn_lr": 0.01},
-        (IMAGES, LABELS),
-    ]
-    for content in dicts:
-        torch.save(content, tmp_path / "set.pt")
-        _, read = evaluate(*flags, f"--evaluate={tmp_path / 'set.pt'}", "--lr_teacher=0.01")
-        assert read["scores"] == bare["scores"]
-    torch.save((IMAGES, torch.eye(10, dtype=torch.int64)), tmp_path / "set.pt")
-    _, one_hot = evaluate(*flags, f"--evaluate={tmp_path / 'set.pt'}", "--lr_teacher=0.01")
-    assert one_hot["scores"] == soft["scores"]
-    for content in ({"data": 5}, {"data": {"a": 1}}, {"pictures": IMAGES}, {}):
-        torch.save(content, tmp_path / "set.pt")
-        refuse("holds no images with labels, but a dict", *flags, f"--evaluate={tmp_path}/set.pt")
-        (tmp_path / "cwd").rmdir()
+    for labels, reference in ((LABELS.int(), bare), (torch.eye(10).long(), soft)):
+        content = {"image_tensor": IMAGES.double(), "soft_labels": None, "hard_labels": labels}
+        torch.save(content | {"syn_lr": 0.01}, tmp_path / "set.pt")
+        _, read = evaluate(*flags, f"--evaluate={tmp_path / 'set.pt'}")
+        assert read["scores"] == reference["scores"]
+    torch.save({"data": 5}, tmp_path / "set.pt")
+    refuse("no images with labels, but a dict", *flags, f"--evaluate={tmp_path / 'set.pt'}")
+    (tmp_path / "cwd").rmdir()
 
     torch.save(IMAGES, tmp_path / "syn.pt")
     refuse("there are no labels: name a run", *flags, f"--evaluate={tmp_path / 'syn.pt'}")
@@ -553,18 +553,15 @@ IMAGES, LABELS = torch.zeros(10, 3, 16, 16), torch.arange(10)
     "images, labels",
     [
         (torch.zeros(10, 3, 8, 8), LABELS),
-        (torch.zeros(10, 3, 16, 20), LABELS),
         (torch.zeros(0, 3, 16, 16), torch.arange(0)),
         (torch.full((10, 3, 16, 16), torch.nan), LABELS),
         ((255 * IMAGES).byte(), LABELS),
         ([1, 2], LABELS),
         (IMAGES, torch.arange(9)),
         (IMAGES, LABELS + 1),
-        (IMAGES, LABELS - 1),
         (IMAGES, LABELS + 0.5),
         (IMAGES, torch.ones(10, 10)),  # logits
         (IMAGES.to_sparse(), LABELS),
-        (IMAGES, LABELS * 1j),
     ],
 )
 def test_foreign_tensors_are_refused(refuse, flags, images, labels, tmp_path):
@@ -574,10 +571,7 @@ def test_foreign_tensors_are_refused(refuse, flags, images, labels, tmp_path):
     refuse("holds no synthetic images", *flags, place, "--lr_teacher=0.01")
 
 
-@pytest.mark.parametrize(
-    "syn_lr",
-    [torch.tensor(-0.1), torch.tensor(torch.nan), torch.ones(2), [0.1], 10**400, 1e300, True],
-)
+@pytest.mark.parametrize("syn_lr", [-0.1, torch.tensor(torch.nan), torch.ones(2), [0.1], 1e300])
 def test_a_saved_step_size_that_is_none_is_refused(refuse, flags, syn_lr, tmp_path):
     torch.save(IMAGES, tmp_path / "images_best.pt")
     torch.save(LABELS, tmp_path / "labels_best.pt")

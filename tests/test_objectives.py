@@ -294,7 +294,7 @@ def test_labels_start_as_the_experts_see_them_and_are_learned_where_they_are_to_
 
 @pytest.mark.parametrize("which", [0, 1], ids=["unroll", "advance"])
 def test_an_engine_that_fails_compiled_is_called_once_more(monkeypatch, which):
-    """Its derivatives, too: `Compiler.function` alone would not see those fail."""
+    """Its derivatives, too, which `Compiler.function` does not see fail."""
     calls = []
 
     class Engine:

@@ -1,41 +1,19 @@
 """Presets are what docs/hyperparameters.md says, and what the command line takes."""
 
-import re
 import sys
 
 import pytest
-from conftest import ROOT
 
 import distillation
 import expert_trajectories
 from cli import PRESETS
 
 SCRIPTS = {"experts": expert_trajectories, "distillation": distillation}
-DOCS = (ROOT / "docs" / "hyperparameters.md").read_text()
 
 
 def typed(flags):
     """Flags with the types of their values: 100 is not 100.0."""
     return {name: (type(value), value) for name, value in flags.items()}
-
-
-def cells(pattern):
-    """The cells of the row of the table that begins with a pattern."""
-    row = re.search(rf"^\| {pattern} \|.*$", DOCS, re.MULTILINE)[0]
-    return [cell.strip(" `") for cell in row.strip("|").split("|")]
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_docs_have_every_preset_as_it_is(name):
-    parser = distillation.make_parser()
-    documented = dict(list(zip(cells("preset"), cells(f"`{name}`")))[1:])
-    table = {
-        flag: parser.types[flag]({"yes": "True"}.get(cell, cell))
-        for flag, cell in documented.items()
-        if cell != "–"
-    }
-    assert typed(table) == typed(PRESETS[name]["distillation"])
-    assert len(table) >= 8  # ipc, N, M, T⁺, three rates and α
 
 
 @pytest.mark.parametrize("name", PRESETS)

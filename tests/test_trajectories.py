@@ -100,15 +100,6 @@ def test_a_saved_expert_and_its_record_read_back(saved):
         torch.testing.assert_close(content, [expert], rtol=0, atol=0)
 
 
-def test_a_file_without_a_record_has_none(saved):
-    path, expert = saved
-    path.with_suffix(".json").unlink()
-    assert trajectories.read_record(path) is None
-    read, record = trajectories.read_trajectories(path)
-    assert record is None
-    torch.testing.assert_close(read, [expert], rtol=0, atol=0)
-
-
 def load(folder, **options):
     shapes = [torch.Size([2, 3]), torch.Size([4])]
     options = {"max_files": None, "max_experts": None, "skip_damaged": False} | options
@@ -151,27 +142,6 @@ def test_expert_files_are_listed_by_their_numbers(tmp_path):
     assert trajectories.expert_files(tmp_path) == paths
 
 
-def test_a_writer_killed_between_record_and_file_leaves_a_record_alone(tmp_path, monkeypatch):
-    path = tmp_path / "replay_buffer_7.pt"
-    expert = [[torch.zeros(2, 3), torch.zeros(4)] for _ in range(3)]
-    with monkeypatch.context() as patch:
-        rename = os.replace
-
-        def replace(source, target):
-            if target == path:
-                raise KeyboardInterrupt  # the nearest to a kill that a test survives
-            rename(source, target)
-
-        patch.setattr(os, "replace", replace)
-        with pytest.raises(KeyboardInterrupt):
-            trajectories.save_expert(path, expert, RECORD)
-    assert os.listdir(tmp_path) == ["replay_buffer_7.json"]
-    assert trajectories.expert_files(tmp_path) == []  # so that it is trained again
-    trajectories.save_expert(path, expert, RECORD)
-    read, _ = trajectories.read_trajectories(path)
-    torch.testing.assert_close(read, [expert], rtol=0, atol=0)
-
-
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.txt"
     files.write_whole(path, lambda file: file.write(b"old"))
@@ -194,15 +164,10 @@ def test_a_full_disk_is_called_so(tmp_path):
         files.write_whole(tmp_path / "t.pt", fail)
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")]
-)
-def test_where_the_file_system_has_no_locks_work_goes_on_with_a_warning(
-    tmp_path, monkeypatch, error
-):
+def test_where_the_file_system_has_no_locks_work_goes_on_with_a_warning(tmp_path, monkeypatch):
     def acquire(lock, timeout=None):
         (tmp_path / "run" / ".lock").touch()  # as filelock leaves it
-        raise error
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     with pytest.warns(UserWarning, match="has no locks .*let no other process work there"):
@@ -240,81 +205,42 @@ def test_each_altered_byte_is_noticed(saved):
     trajectories.read_trajectories(path)
 
 
-def test_a_record_of_one_expert_does_not_pass_for_a_file_of_two(saved):
-    path, expert = saved
-    torch.save([expert, expert], path)
-    record = json.loads(path.with_suffix(".json").read_text())
-    with open(path, "rb") as file:
-        record |= {"bytes": path.stat().st_size, "sha256": files.checksum(file)}
-    path.with_suffix(".json").write_text(json.dumps(record))
-    with pytest.raises(trajectories.DamagedFile, match="holds 2 experts, its record one"):
-        trajectories.read_trajectories(path)
-
-
 class Foreign:
     """Anything that only unpickling code could restore."""
 
 
 FOREIGN = {
-    "text": b"no tensor file at all",
-    "empty": b"",
-    "dictionary": {"images": torch.zeros(2)},
-    "numbers": [1, 2],
-    "objects": [Foreign()],
-    "one tensor": torch.zeros(2, 2, 2, 2),
-    "one list too few": [[torch.zeros(2)]],
-    "no expert": [],
-    "no snapshot": [[]],
+    "empty": (b"", "it was not written by torch.save"),
+    "objects": ([Foreign()], "could run code"),
+    "a dictionary": ({"images": torch.zeros(2)}, "a list of experts is wanted, not dict"),
+    "one tensor": (torch.zeros(2, 2, 2, 2), "a list of experts is wanted, not torch.float32"),
+    "one list too few": ([[torch.zeros(2)]], "a list of parameters is wanted, not torch.float32"),
+    "numbers": ([[[1, 2]]], "a floating-point tensor is wanted, not int"),
+    "whole numbers": ([[[torch.arange(2)]]], "a floating-point tensor is wanted, not torch.int64"),
 }
 
 
-@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_file_is_refused_by_name(tmp_path, content):
+@pytest.mark.parametrize("content, words", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_file_is_refused_by_name_and_said_to_hold_what_it_holds(tmp_path, content, words):
     path = tmp_path / "replay_buffer_0.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    fault = r"replay_buffer_0\.pt is no trajectory file .*name a --buffer_path without it"
+    fault = rf"replay_buffer_0\.pt is no trajectory file .*{words}.*name a --buffer_path without it"
     with pytest.raises(ReportedError, match=fault) as error:
         trajectories.read_trajectories(path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "remove" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ([[torch.zeros(2)]], "a list of 1 lists of 1 tensors"),
-        ({"images": torch.zeros(2)}, "a dict of 1 tensors"),
-        ([[[torch.zeros(1), "b"]]], "a list of 1 lists of 1 lists of 2 tensors"),
-        ([[]], "a list of 1 lists of nothing"),
-        ([[[[[[[[1]]]]]]]], "a list of 1 lists of 1 lists of 1 lists of 1 lists of 1 lists"),
-        (3, "a int"),
-    ],
-)
-def test_a_foreign_file_is_said_to_hold_what_it_holds(tmp_path, content, words):
-    torch.save(content, tmp_path / "replay_buffer_0.pt")
-    with pytest.raises(ReportedError) as error:
-        trajectories.read_trajectories(tmp_path / "replay_buffer_0.pt")
-    assert f"it holds {words}; wanted are" in str(error.value)
-    assert "remove" not in str(error.value)
-
-
-def test_good_experts_in_another_form_are_read(tmp_path):
+def test_parameters_are_read_as_tensors(tmp_path):
     network = torch.nn.Linear(3, 4)
-    expert = [[p.detach().clone() for p in network.parameters()] for _ in range(3)]
-    path = tmp_path / "replay_buffer_0.pt"
-    forms = {
-        "tuples": (tuple(map(tuple, expert)),),
-        "parameters": [[list(network.parameters())] * 3],
-        "state dicts": [[network.state_dict()] * 3],
-    }
-    for content in forms.values():
-        torch.save(content, path)
-        read, record = trajectories.read_trajectories(path)
-        assert record is None
-        torch.testing.assert_close(read, [expert], rtol=0, atol=0)
-        assert not any(p.requires_grad for snapshot in read[0] for p in snapshot)
+    torch.save([[list(network.parameters())] * 3], tmp_path / "replay_buffer_0.pt")
+    read, record = trajectories.read_trajectories(tmp_path / "replay_buffer_0.pt")
+    assert record is None
+    expert = [[p.detach() for p in network.parameters()]] * 3
+    torch.testing.assert_close(read, [expert], rtol=0, atol=0)
+    assert not any(p.requires_grad for snapshot in read[0] for p in snapshot)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -325,16 +251,6 @@ def test_parameters_of_other_precision_are_taken_in_float32(tmp_path, dtype):
         experts = load(tmp_path)
     assert {p.dtype for p in experts.members[0].trajectory[2]} == {torch.float32}
     experts.digest()
-
-
-@pytest.mark.parametrize(
-    "parameter",
-    [torch.ones(2, 3).int(), torch.ones(2, 3) > 0, torch.ones(2, 3) * 1j, torch.eye(3).to_sparse()],
-)
-def test_parameters_that_are_none_are_refused(tmp_path, parameter):
-    torch.save([[[parameter]]], tmp_path / "replay_buffer_0.pt")
-    with pytest.raises(ReportedError, match="its parameters are torch"):
-        trajectories.read_trajectories(tmp_path / "replay_buffer_0.pt")
 
 
 def test_the_serialisation_of_pytorch_before_1_6_is_read(saved):
@@ -354,50 +270,15 @@ def test_a_truncated_file_without_a_record_is_refused_by_name(saved):
         trajectories.read_trajectories(path)
 
 
-def expert_with(**changes):
-    return {"expert": RECORD["expert"] | changes}
+FOREIGN_RECORDS = ['{"settings": ', "[]", '{"lr": 0.1}', json.dumps(RECORD | {"bytes": "two"})]
 
 
-DAMAGED = [
-    {"settings": []},
-    {"training": None},
-    {"expert": [1]},
-    {"expert": {"seed": 0}},
-    expert_with(seed="0"),
-    expert_with(loss=[]),
-    expert_with(test_accuracy=[]),
-    expert_with(test_accuracy=["high"]),
-    {"bytes": "two"},
-    {"sha256": None},
-]
-
-
-@pytest.mark.parametrize("changes", DAMAGED, ids=json.dumps)
-def test_a_damaged_record_is_refused_by_name(tmp_path, changes):
-    path = tmp_path / "replay_buffer_0.pt"
-    path.write_text("is")
-    record = RECORD | {"bytes": 2, "sha256": ""}
-    place = tmp_path / "replay_buffer_0.json"
-    place.write_text(json.dumps(record))
-    assert trajectories.read_record(path) == record  # which nothing but the changes makes bad
-    place.write_text(json.dumps(record | changes))
-    with pytest.raises(ReportedError, match=r"replay_buffer_0\.json is damaged"):
-        trajectories.read_record(path)
-
-
-@pytest.mark.parametrize("text", ['{"settings": ', "", "[" * 100_000])
-def test_a_damaged_record_is_refused_by_its_name(tmp_path, text):
+@pytest.mark.parametrize("text", FOREIGN_RECORDS)
+def test_a_damaged_or_foreign_record_is_named_and_does_not_cost_the_trajectories(tmp_path, text):
     (tmp_path / "replay_buffer_0.pt").write_text("is")
     (tmp_path / "replay_buffer_0.json").write_text(text)
-    with pytest.raises(ReportedError, match=r"replay_buffer_0\.json is damaged"):
-        trajectories.read_record(tmp_path / "replay_buffer_0.pt")
-
-
-@pytest.mark.parametrize("text", ["[]", "{}", '{"lr": 0.1}'])
-def test_a_record_of_others_is_not_to_cost_the_trajectories(tmp_path, text):
-    (tmp_path / "replay_buffer_0.pt").write_text("is")
-    (tmp_path / "replay_buffer_0.json").write_text(text)
-    with pytest.raises(ReportedError, match="no record of this project: move it away") as error:
+    fault = r"replay_buffer_0\.json is damaged, or no record .*move it away"
+    with pytest.raises(ReportedError, match=fault) as error:
         trajectories.read_record(tmp_path / "replay_buffer_0.pt")
     assert "remove" not in str(error.value)
 

@@ -7,7 +7,6 @@ from torch import nn
 import utils
 from datasets.preprocessing import Form
 from system import process
-from system.process import ReportedError
 from utils import Augment
 
 CPU = torch.device("cpu")
@@ -38,12 +37,6 @@ def test_a_network_follows_from_its_generator_and_leaves_the_global_one_alone():
     ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("model, side, fault", [("LeNet", 64, "LeNet"), ("ConvNetD7", 64, "D6")])
-def test_a_network_that_there_is_not_is_reported_with_its_flag(model, side, fault):
-    with pytest.raises(ReportedError, match=f"--model={model}: .*{fault}"):
-        utils.initial_network(model, Form(10, side), seeded(0), CPU)
 
 
 # --------------------------------------------------------------------------------------------------

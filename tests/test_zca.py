@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import load_data
 
-from datasets import folders, preprocessing
+from datasets import folders
 from datasets.preprocessing import fit_zca, split_dataset
 
 
@@ -70,24 +70,3 @@ def test_loading_with_zca_a_second_time_reads_the_cache_and_gives_the_same(
     torch.testing.assert_close(data.to_pixels(data.train[0]), pixels, rtol=0, atol=1e-3)
     torch.testing.assert_close(data.zca(pixels), data.train[0], rtol=0, atol=1e-3)
     assert data.settings["zca"] is True and "mean" not in data.settings
-
-
-def foreign(folder):
-    """The bytes of a tensor file that is no cache."""
-    torch.save({"mean": torch.zeros(1)}, folder / "foreign.pt")
-    return (folder / "foreign.pt").read_bytes()
-
-
-def test_a_damaged_or_foreign_zca_cache_is_fitted_again_with_a_warning(tmp_path):
-    images = (255 * small_images(50)).byte()
-    cache = tmp_path / "zca.pt"
-    train = torch.arange(40)
-    first, _ = preprocessing.whiten(images, train, cache)
-    assert torch.equal(preprocessing.whiten(images, train, cache)[0], first)
-    for content in (cache.read_bytes()[:1000], foreign(tmp_path)):
-        cache.write_bytes(content)
-        with pytest.warns(UserWarning, match=r"zca\.pt cannot be read .*making it again"):
-            again, zca = preprocessing.whiten(images, train, cache)
-        assert torch.equal(again, first)
-    torch.testing.assert_close(again, fit_zca(images[:40] / 255)(images / 255), rtol=0, atol=1e-5)
-    assert zca.fitted
