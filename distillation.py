@@ -14,6 +14,7 @@ On an NVIDIA H200, 5000 iterations of ConvNetW32, evaluated six times, take 8 mi
 other runs. On two cores of an AMD EPYC, an iteration takes 0.7 seconds.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ import trajectories
 import utils
 from cli import Parser, preset_flags
 from datasets import by_name, saved_sets
-from datasets.preprocessing import Data, Layout
+from datasets.preprocessing import Data, Layout, check_factor
 from evaluation import Evaluator, evaluate_real
 from objectives import OBJECTIVES
 from objectives.segments import batch_syn_of, check_shares
@@ -74,8 +75,10 @@ def parse_args():
         alpha = saved_sets.saved_step_size(start, "--pix_init")
         if alpha:
             saved["lr_teacher"] = alpha
-    elif what == "full":
-        saved = {"epoch_eval_train": 50}  # of real images, an epoch has far more steps
+    elif what:  # real images; nothing is learned of them, whatever a preset says
+        saved = {"labels": "hard"}
+        if what == "full":
+            saved["epoch_eval_train"] = 50  # an epoch has far more steps
     args = flags.completed(parser, preset, saved, given)
     flags.check_combinations(parser, args)
     return args
@@ -104,11 +107,7 @@ def load_inputs(args):
     # Milliseconds: what is known from the flags alone.
     place = machine.set_up(args.device, args.compile, args.amp)
     form = by_name.form_of(args.dataset, args.data_path, args.im_size)
-    if form.im_size % args.factor:
-        raise ReportedError(
-            f"--factor={args.factor}: images of {form.im_size} pixels a side cannot be cut into "
-            "that many tiles: choose a divisor"
-        )
+    check_factor(args.factor, form)
     check_shares(args, form, place.ranks.size)
     batch_syn_of(args, form)
     student = evaluation.make_student(args.model, form, place.amp, place.device)
@@ -183,8 +182,7 @@ def initial_state(args, inputs):
         lr_lr=args.lr_lr,
         lr_labels=args.lr_labels if kind.learned else None,
         ema=args.ema,
-        clip=args.clip,
-        max_loss=args.max_loss,
+        clip=OBJECTIVES[args.objective].clips,
     )
     classes = saved_sets.classes_of(labels)
     return State(Start(images, classes, logits, args.lr_teacher, source), rules, inputs.data.device)
@@ -393,7 +391,8 @@ def main():
 
             # Real images at the learned α too: how much of the gain is due to the step size.
             best = state.evaluations.best
-            if best["iteration"] and state.baselines[-1]["syn_lr"] != best["syn_lr"]:
+            before = state.baselines[-1]["syn_lr"]  # α is float32
+            if best["iteration"] and not math.isclose(before, best["syn_lr"], rel_tol=1e-6):
                 real = evaluate_real(evaluator, inputs.real_sets, best["syn_lr"], args.seed)
                 state.baselines = [state.baselines[0], real]
             finish(args, run, state, dashboard, facts_about(inputs, settings))

@@ -10,7 +10,7 @@ import evaluation
 import trajectories
 import utils
 from datasets import by_name
-from datasets.preprocessing import CORESETS, Data, Layout, coreset
+from datasets.preprocessing import CORESETS, Data, Layout, check_factor, coreset
 from datasets.saved_sets import check_set, classes_of, is_saved, load_set, saved_folder
 from run import report
 from run.state import LABELS
@@ -72,15 +72,16 @@ def main(args, settings):
     place = machine.set_up(args.device, args.compile, args.amp)
     print(place, flush=True)
     form = by_name.form_of(args.dataset, args.data_path, args.im_size)
+    check_factor(args.factor, form)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
     saved = None
     if is_saved(args.evaluate):
         saved = load_set(args.evaluate, form, args.factor, "--evaluate")
     alpha = args.lr_teacher
-    if alpha is None:
+    if alpha is None and (args.export or not args.search_alpha):
         raise ReportedError(
             f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the step "
-            "size to train with"
+            "size to train with, or --search_alpha"
         )
     raw = by_name.read_dataset(
         args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
@@ -104,10 +105,11 @@ def main(args, settings):
         if LABELS[args.labels].soft:
             title += ", labelled by the experts"
     images, labels, key = images.to(place.device), labels.to(place.device), (args.seed, "saved")
-    alphas, shown = dict.fromkeys(pool, alpha), f"α = {alpha:.5f}"
     if args.search_alpha:
         alphas = search_alphas(evaluator, images, labels, key)
         shown = ", ".join(f"α = {value:g} ({name})" for name, value in alphas.items())
+    else:
+        alphas, shown = dict.fromkeys(pool, alpha), f"α = {alpha:.5f}"
     scores = {}
     for name, step in pool.items():
         scores |= replace(evaluator, pool={name: step})(images, labels, alphas[name], key)

@@ -135,7 +135,6 @@ DEPENDENT = {
     "lr_img": lambda args: IMAGE_OPTIMIZERS[args.optimizer_img].rate,
     "lr_lr": lambda args: STEP_SIZE_OPTIMIZERS[args.optimizer_lr].rate,
     "total_steps": lambda args: args.syn_steps,
-    "clip": lambda args: OBJECTIVES[args.objective].clips,
 }
 
 
@@ -222,8 +221,6 @@ def add_learning_flags(parser):
         metavar="D",
         help="decay of the running means that are evaluated and saved; 0: no means",
     )
-    add("--clip", type=boolean, help="cut gradients at 2 × their running norm (default: with loss)")
-    add("--max_loss", type=positive, help="skip iterations with a higher loss (default: none)")
 
 
 def add_set_flags(parser):
@@ -337,6 +334,8 @@ def check_combinations(parser, args):
     if args.factor > 1 and args.evaluate in (*CORESETS, "full"):
         reason = "only random images are cut into tiles: leave one out"
         parser.error(f"--factor={args.factor} and --evaluate={args.evaluate}: {reason}")
+    if args.search_alpha and not args.val_fraction:
+        parser.error("--search_alpha needs validation images: give --val_fraction=0.1")
     if args.zca and args.texture:
         reason = "whitening is fitted to whole images: leave one out"
         parser.error(f"--zca and --texture cannot be combined: {reason}")

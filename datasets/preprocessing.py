@@ -104,6 +104,15 @@ class Layout(NamedTuple):
         return torch.arange(form.num_classes).repeat_interleave(self.ipc * self.factor**2)
 
 
+def check_factor(factor, form):
+    """Raise ReportedError if images of this form cannot be cut into factor × factor tiles."""
+    if form.im_size % factor:
+        raise ReportedError(
+            f"--factor={factor}: images of {form.im_size} pixels a side cannot be cut into that "
+            "many tiles: choose a divisor"
+        )
+
+
 def members_of(data, label, ipc):
     """The training images of a class, as indices. Raises ReportedError for fewer than `ipc`."""
     members = torch.nonzero(data.train[1].cpu() == label).flatten()
@@ -127,7 +136,8 @@ def random_real(data, layout, generator):
         rows.append(torch.cat(cells, dim=3))
     images = torch.cat(rows, dim=2)
     if layout.factor > 1:
-        images = F.interpolate(images, scale_factor=1 / layout.factor, mode="area")
+        side = layout.canvas_size * data.form.im_size
+        images = F.interpolate(images, size=side, mode="area")
     return images, layout.classes(data.form).to(images.device)
 
 

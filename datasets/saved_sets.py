@@ -140,6 +140,10 @@ def load_set(what, form, factor, flag):
                 f"{flag}: {what} has {of_each:.0f} labels for each image, one for each of its "
                 f"tiles: give --factor={math.isqrt(int(of_each))}"
             )
+        if of_each == 1:
+            raise ReportedError(
+                f"{flag}: {what} has one label for each image: leave out --factor={factor}"
+            )
     if not (fits and is_label_set(labels, count, form)):
         size, last = form.im_size, form.num_classes - 1
         raise ReportedError(

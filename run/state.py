@@ -63,7 +63,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules by which all that is learned follows its gradients: flags of the same names."""
+    """Rules by which all that is learned follows its gradients, from flags of these names."""
 
     optimizer_img: str = "sgd"
     lr_img: float = 1000.0
@@ -71,8 +71,7 @@ class Rules:
     lr_lr: float = 1e-5
     lr_labels: float | None = None  # None: labels are not learned
     ema: float = 0.0
-    clip: bool = False
-    max_loss: float | None = None
+    clip: bool = False  # gradients at twice their running norms
 
 
 class Start(NamedTuple):
@@ -159,11 +158,14 @@ class State:
 
     def batch_maker(self, augment):
         """A function that makes (x, y) from the learned tensors and a drawn batch, for engines."""
-        fixed = self.label_syn if self.logits is None else self.logits.softmax(1)
 
         def make_batch(learned, batch):
             image_syn, *logits = learned
-            return augment(image_syn, batch, logits[0].softmax(1) if logits else fixed)
+            if logits:
+                labels = logits[0].softmax(1)
+            else:  # read now: a checkpoint may have brought others
+                labels = self.label_syn if self.logits is None else self.logits.softmax(1)
+            return augment(image_syn, batch, labels)
 
         return make_batch
 
@@ -177,9 +179,6 @@ class State:
         Returns as text what is not finite, or that α is not positive; None if all is well.
         """
         loss, gradients = step.loss, step.gradients
-        if self.rules.max_loss is not None and loss > self.rules.max_loss:
-            self.losses.append(loss.item())
-            return None
         if self.learns_log:  # ∂L/∂(log α) = α ∂L/∂α
             gradients = gradients | {"alpha": gradients["alpha"] * self.learned["alpha"].exp()}
         for name, gradient in (self.clipped(gradients) if self.rules.clip else gradients).items():
@@ -314,6 +313,7 @@ def first_fault(loss, alpha, finite):
     if not faults:
         return None
     return (
-        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps, use "
-        "--optimizer_lr=log_adam, and start another run; the last checkpoint of this one is kept"
+        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps, or "
+        "learn log α (--optimizer_lr=log_adam), in another run; the last checkpoint of this one "
+        "is kept"
     )

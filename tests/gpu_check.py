@@ -25,13 +25,12 @@ import torch
 from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
 from torch.nn import functional as F
 
-from datasets import by_name
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import evaluation
+import evaluation  # found through the line above
 import utils
-from datasets.preprocessing import Form, random_real
+from datasets import by_name
+from datasets.preprocessing import Form, Layout, random_real
 from evaluation import Evaluator
 from networks import get_network
 from objectives.trajectory import matching_loss
@@ -241,7 +240,7 @@ def check_evaluation(setup):
         augment=Augment(setup.side, DSA, apply=utils.group_function(compiler, setup.device)),
         compiler=compiler,
     )
-    images, labels = random_real(data, 5, utils.make_generator("real"))
+    images, labels = random_real(data, Layout(5), utils.make_generator("real"))
 
     def accuracy(evaluator):
         (scores,) = evaluator(images, labels, LR, ("check",)).values()

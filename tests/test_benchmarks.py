@@ -177,3 +177,8 @@ def test_rows_are_compared_with_those_of_mtt_with_as_many_steps(bench, capsys):
     *_, ten, twenty, eighty = capsys.readouterr().out.splitlines()
     assert "x" not in ten and "2.00 x,  4.00 x" in twenty
     assert "(would need more memory)" in eighty
+
+
+def test_the_check_of_a_gpu_says_that_there_is_none(run, tmp_path):
+    done = run("tests/gpu_check.py", cwd=tmp_path)
+    assert done.returncode == 2 and "no CUDA card" in done.stdout + done.stderr

@@ -78,13 +78,13 @@ COUNTS = {
 NUMBERS = {
     BOTH: "--lr_teacher",
     (EXPERTS,): "--l2 --mom",
-    (DISTILLATION,): "--lr_img --lr_lr --lr_labels --unroll_memory --max_loss --mom_syn",
+    (DISTILLATION,): "--lr_img --lr_lr --lr_labels --unroll_memory --mom_syn",
 }
 SWITCHES = {
     BOTH: "--dsa --zca --amp --compile",
     (EXPERTS,): "--decay",
     (DISTILLATION,): "--no_aug --texture --load_all --skip_damaged --force_save --shard_batch "
-    "--clip --search_alpha",
+    "--search_alpha",
 }
 NO_COUNTS = {
     "0": "at least 1",
@@ -214,6 +214,8 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--factor=2 --texture", ["--factor=2", "--texture", "leave one out"]),
     (DISTILLATION, "--factor=2 --evaluate=full", ["--factor=2", "--evaluate=full", "leave one"]),
     (DISTILLATION, "--search_alpha", ["--search_alpha", "--evaluate"]),
+    (DISTILLATION, "--evaluate=random --factor=7", ["--factor=7", "pixels a side", "divisor"]),
+    (DISTILLATION, "--evaluate=random --search_alpha --val_fraction=0", ["--val_fraction=0.1"]),
     (DISTILLATION, "--factor=0", ["--factor", "0", "at least 1"]),
     (DISTILLATION, "--factor=7", ["--factor=7", "pixels a side", "divisor"]),
     (DISTILLATION, "--ema=1", ["--ema", "1", "less than 1"]),

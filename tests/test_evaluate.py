@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from conftest import load_data
 from torchvision.datasets import ImageFolder
 
+import distillation
 import evaluate_set
 import evaluation
 import utils
@@ -402,6 +404,22 @@ def test_a_network_that_diverges_is_named(run_here, saved, tmp_path):
     with pytest.warns(UserWarning, match=message):
         done = run_here(SCRIPT, f"--evaluate={saved}", *flags, cwd=tmp_path)
     assert done.returncode == 0
+
+
+def test_a_preset_with_learned_labels_leaves_real_images_theirs(monkeypatch):
+    command = ["distillation.py", "--preset=eurosat-1", "--evaluate=random"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert distillation.parse_args().labels == "hard"
+    monkeypatch.setattr(sys, "argv", [*command, "--labels=soft"])
+    assert distillation.parse_args().labels == "soft"
+
+
+def test_alpha_is_searched_for_a_set_that_has_none(evaluate, saved, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_set, "ALPHAS", (0.01,))
+    for name in ("images", "labels"):
+        shutil.copy(saved / f"{name}_best.pt", tmp_path)
+    _, record = evaluate(*flags, f"--evaluate={tmp_path / 'images_best.pt'}", "--search_alpha")
+    assert record["syn_lr"] == {MODEL: 0.01}
 
 
 @pytest.mark.filterwarnings("ignore:.*diverged")

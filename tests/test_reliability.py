@@ -109,7 +109,7 @@ def test_the_same_command_ends_bit_for_bit_the_same(finish, specks_run, undistur
 KINDS = {
     "trajectory": [],
     "loss": ["--objective=loss", "--optimizer_img=adam", "--total_steps=5", "--labels=learned"],
-    "tiles": ["--factor=2", "--labels=learned", "--optimizer_lr=log_adam", "--ema=0.5", "--clip"],
+    "tiles": ["--factor=2", "--labels=learned", "--optimizer_lr=log_adam", "--ema=0.5"],
 }
 
 

@@ -1,4 +1,4 @@
-"""How what is learned follows its gradients: optimisers, log α, running means, skipping."""
+"""How what is learned follows its gradients: log α, running means; and its checkpoints."""
 
 import math
 
@@ -97,23 +97,13 @@ def test_a_checkpoint_of_before_is_not_called_damaged(tmp_path):
         some_state().load(tmp_path / "checkpoint.pt")
 
 
-# --------------------------------------------------------------------------------------------------
-# Skipped iterations
-
-
-def test_an_iteration_above_the_limit_changes_nothing_but_the_list_of_losses():
-    state = some_state("learned", max_loss=1.0, ema=0.5, optimizer_img="adam")
-    state.step(some_step(state))
-    before, content = copies(state), state.content()["optimizers"]
-    assert state.step(some_step(state, loss=1.5)) is None
-    assert state.losses == [0.5, 1.5]
-    assert all(torch.equal(state.learned[name], value) for name, value in before.items())
-    after = state.content()["optimizers"]
-    assert after["images"]["state"][0]["step"] == content["images"]["state"][0]["step"] == 1
-    state.step(some_step(state, loss=1.0))  # the limit itself is taken
-    assert not torch.equal(state.learned["images"], before["images"])
-
-
-def test_a_loss_that_is_not_finite_is_no_reason_to_skip():
-    state = some_state(max_loss=1.0)
-    assert "loss is not finite" in state.step(some_step(state, loss=math.nan))
+def test_labels_that_a_checkpoint_brings_are_those_that_the_student_sees(tmp_path):
+    state = some_state("soft")
+    make_batch = state.batch_maker(lambda images, batch, labels: labels)
+    state.save(tmp_path / "checkpoint.pt")
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    content["logits"] += torch.eye(CLASSES)
+    torch.save(content, tmp_path / "checkpoint.pt")
+    state.load(tmp_path / "checkpoint.pt")
+    assert torch.equal(make_batch([state.images], None), state.labels)
+    torch.testing.assert_close(state.labels, content["logits"].softmax(1))

@@ -123,6 +123,15 @@ def test_a_saved_set_of_tiles_is_evaluated_by_its_folder_alone(run_here, distill
     assert done.returncode == 0, done.stderr
 
 
+def test_a_set_without_tiles_is_not_cut(run_here, distilled, tmp_path):
+    cwd, _ = distilled
+    torch.save(torch.zeros(10, 3, 16, 16), tmp_path / "images_best.pt")
+    torch.save(torch.arange(10), tmp_path / "labels_best.pt")
+    what = ["--data_path=pictures", f"--evaluate={tmp_path}", "--lr_teacher=0.01"]
+    done = run_here("distillation.py", *FLAGS, *what, "--factor=2", cwd=cwd)
+    assert done.returncode == 2 and "leave out --factor=2" in done.stderr
+
+
 def test_tiles_are_exported_as_images_of_their_own(run_here, distilled):
     cwd, _ = distilled
     run = "logged_files/ImageFolder/run"
