@@ -347,7 +347,7 @@ def main():
 
             numbers = range(len(state.losses), args.Iteration + 1)
             curves_due, status_due = Interval(60), Interval(60)  # curves take half a second
-            time_left = process.TimeLeft(len(numbers))
+            time_left = process.TimeLeft(args.Iteration - numbers.start)
             bar = process.progress(
                 numbers, initial=numbers.start, total=args.Iteration, desc="distilling"
             )
