@@ -228,9 +228,23 @@ EUROSAT_RECIPE = {
     "ema": 0.99,
     "eval_it": 300,
 }
+EUROSAT_LOSS = {  # continues a set of `eurosat-1`: --pix_init=RUN
+    "objective": "loss",
+    "syn_steps": 30,
+    "total_steps": 150,
+    "mom_syn": 0.9,
+    "labels": "learned",
+    "lr_labels": 1.0,
+    "optimizer_img": "adam",
+    "lr_img": 0.005,
+    "optimizer_lr": "log_adam",
+    "lr_lr": 0.005,
+    "ema": 0.98,
+}
 EUROSAT_HARD = {"expert_epochs": 2, "lr_img": 10000.0, "lr_lr": 1e-5, "lr_teacher": 0.02}
 EUROSAT_TABLE = {
     "eurosat-1": {"ipc": 1, "Iteration": 1500} | EUROSAT_RECIPE,
+    "eurosat-1-loss": {"ipc": 1, "Iteration": 400} | EUROSAT_LOSS,
     "eurosat-10": {"ipc": 10, "syn_steps": 20, "max_start_epoch": 4} | EUROSAT_HARD,
     "eurosat-50": {"ipc": 50, "syn_steps": 20, "max_start_epoch": 5, "batch_syn": 100}
     | EUROSAT_HARD,
