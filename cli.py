@@ -244,7 +244,7 @@ EUROSAT_LOSS = {  # continues a set of `eurosat-1`: --pix_init=RUN
 EUROSAT_HARD = {"expert_epochs": 2, "lr_img": 10000.0, "lr_lr": 1e-5, "lr_teacher": 0.02}
 EUROSAT_TABLE = {
     "eurosat-1": {"ipc": 1, "Iteration": 1500} | EUROSAT_RECIPE,
-    "eurosat-1-loss": {"ipc": 1, "Iteration": 400} | EUROSAT_LOSS,
+    "eurosat-1-loss": {"ipc": 1, "Iteration": 300} | EUROSAT_LOSS,
     "eurosat-10": {"ipc": 10, "syn_steps": 20, "max_start_epoch": 4} | EUROSAT_HARD,
     "eurosat-50": {"ipc": 50, "syn_steps": 20, "max_start_epoch": 5, "batch_syn": 100}
     | EUROSAT_HARD,
