@@ -218,6 +218,8 @@ def main():
     print(f"{train} training, {val} validation, {test} test images ", end="")
     print(f"of {form.num_classes} classes; ", end="")
     print(f"{len(here)} of {args.num_experts} experts are in {folder}", flush=True)
+    if args.compile and len(here) < args.num_experts:
+        print("the first batch compiles the network, which takes up to a minute", flush=True)
 
     where = None
     with stop:  # a signal gives the expert up, and this process's claim on it

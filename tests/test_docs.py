@@ -111,6 +111,16 @@ def test_the_commands_of_the_readme_run_one_after_the_other(run_here, readers_fo
     assert (readers_folder / "EXPORTED" / "images" / "Forest" / "0000.png").exists()
 
 
+def test_the_lines_that_train_a_network_on_a_saved_set_run(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "502" in code and "499" in code  # epochs, as in evaluation
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(code.replace("502", "3").replace("499", "1"), names)
+    assert all(p.isfinite().all() for p in names["network"].parameters())
+    assert names["loss"] < 2.3  # that of guessing
+
+
 def test_the_one_line_that_draws_toysat_runs(readers_folder):
     page = (ROOT / "docs" / "protocol.md").read_text()
     (line,) = re.findall(r'python (-c "[^"]*write_toysat[^"]*")', page)
