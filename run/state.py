@@ -180,9 +180,10 @@ class State:
         """
         loss, gradients = step.loss, step.gradients
         if self.learns_log:  # ∂L/∂(log α) = α ∂L/∂α
-            gradients = gradients | {"alpha": gradients["alpha"] * self.learned["alpha"].exp()}
+            alpha = self.learned["alpha"].detach().exp()  # else the running norms keep a graph
+            gradients = gradients | {"alpha": gradients["alpha"] * alpha}
         for name, gradient in (self.clipped(gradients) if self.rules.clip else gradients).items():
-            self.learned[name].grad = gradient.detach()
+            self.learned[name].grad = gradient
         for optimizer in self.optimizers.values():
             optimizer.step()
         if self.rules.ema:

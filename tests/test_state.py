@@ -46,6 +46,14 @@ def test_the_gradient_of_log_alpha_is_alpha_times_that_of_alpha():
     assert state.current_alpha == pytest.approx(0.02 * math.exp(-0.01))  # Adam's rate, of log α
 
 
+def test_what_is_kept_between_iterations_holds_no_graph():
+    state = some_state(objective="loss", optimizer_lr="log_adam", ema=0.5)
+    state.step(some_step(state))
+    kept = [*state.norms.values(), *state.average.values()]
+    kept += [tensor.grad for tensor in state.learned.values()]
+    assert len(kept) == 6 and not any(tensor.requires_grad for tensor in kept)
+
+
 def test_alpha_stays_positive_if_its_logarithm_is_learned_and_only_then():
     states = [some_state(optimizer_lr=name, lr_lr=0.3) for name in ("log_adam", "sgd")]
     faults = [[state.step(some_step(state, size=1e3)) for _ in range(20)] for state in states]
