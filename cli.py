@@ -118,9 +118,9 @@ class Parser(argparse.ArgumentParser):
     over other layers, such as the flags of a preset or of a saved run, and over the defaults.
     """
 
-    def __init__(self, description):
+    def __init__(self, docstring):
         super().__init__(
-            description=description,
+            description=docstring and docstring.splitlines()[0],  # python -OO leaves none
             formatter_class=HelpFormatter,
             allow_abbrev=False,
             usage="%(prog)s [flags]",
@@ -185,7 +185,8 @@ class Parser(argparse.ArgumentParser):
         return self.checked(record.flags, folder / files.RUN_RECORD) if record else {}
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        text = process.one_line(f"{self.prog}: error: {message} (see {self.prog} --help)")
+        self.exit(2, f"{text}\n")
 
 
 # --------------------------------------------------------------------------------------------------

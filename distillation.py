@@ -16,6 +16,8 @@ other runs. On two cores of an AMD EPYC, an iteration takes 0.7 seconds.
 
 import math
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,7 @@ from reparam_module import ReparamModule
 from run import report, wandb_page
 from run.folder import default_name, open_run, run_flags, run_settings, saved_if_stopped
 from run.state import LABELS, Rules, Start, State
-from system import machine, process
+from system import machine, process, resources
 from system.machine import Machine
 from system.process import Interval, ReportedError, stop
 from trajectories import Experts, load_experts
@@ -45,7 +47,7 @@ from trajectories import Experts, load_experts
 
 def make_parser():
     """The parser of this script's flags."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     flags.add_shared_flags(parser, batch_train=256)
     flags.add_distillation_flags(parser)
     return parser
@@ -66,7 +68,7 @@ def parse_args():
         if not saved:
             parser.error(f"--resume={given['resume']}: no run was started there (no run.json)")
     elif saved_sets.is_saved(what):
-        saved = parser.recorded(saved_sets.saved_folder(what))
+        saved = recorded_set(parser, what)
         if saved and preset:
             parser.error(f"--preset={given['preset']}: the run has its own flags: leave it out")
         # The images were learned for its α. None if it was not saved, as by MTT.
@@ -84,6 +86,21 @@ def parse_args():
     return args
 
 
+def recorded_set(parser, what):
+    """The flags of the run that made the saved set `what`; none without a record, as of MTT's.
+
+    Somebody else's record may name any folder. Its --data_path, where archives are unpacked and
+    caches are written, is only taken if this project has written there before.
+    """
+    record = saved_sets.read_record(what, "--evaluate")
+    if not record:
+        return {}
+    flags = parser.checked(record.flags, what)
+    if not by_name.is_in_use(flags.get("data_path", Path())):
+        flags.pop("data_path", None)
+    return flags
+
+
 def settings_of(args):
     """The flags that a result depends on, where they differ from their defaults."""
     return run_settings(args, flags.defaults_for(make_parser(), args))
@@ -98,7 +115,7 @@ class Inputs(NamedTuple):
     data: Data
     experts: Experts
     student: ReparamModule
-    real_sets: tuple  # random real images and labels, a set for each network of an evaluation
+    real_sets: tuple | None  # random real images and labels, a set for each network; None: too few
     evaluator: Evaluator
 
 
@@ -126,7 +143,9 @@ def load_inputs(args):
     if OBJECTIVES[args.objective].needs_experts:
         experts.warn_of_few_steps(args.syn_steps, args.expert_epochs, len(data.train[1]))
     layout = Layout(args.ipc, args.factor)
-    real_sets = evaluation.random_real_sets(data, layout, args.num_eval, args.seed)
+    real_sets = None
+    with suppress(ReportedError):  # too few images of a class, which noise does not need
+        real_sets = evaluation.random_real_sets(data, layout, args.num_eval, args.seed)
     evaluator = evaluation.make_evaluator(args, data, pool, place)
     return Inputs(place, data, experts, student, real_sets, evaluator)
 
@@ -164,7 +183,8 @@ def initial_state(args, inputs):
     """The state of a run that begins: images, labels and α, and how they are learned."""
     layout = Layout(args.ipc, args.factor, args.canvas_size if args.texture else 1)
     random = utils.make_generator("distillation", args.seed)
-    images, labels, source = saved_sets.initial_set(args.pix_init, layout, inputs.data, random)
+    start, source = saved_sets.initial_set(args.pix_init, layout, inputs.data, random)
+    images, labels, classes = start
     kind = LABELS[args.labels]
     logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
     if logits is not None and not kind.soft:
@@ -184,7 +204,6 @@ def initial_state(args, inputs):
         ema=args.ema,
         clip=OBJECTIVES[args.objective].clips,
     )
-    classes = saved_sets.classes_of(labels)
     return State(Start(images, classes, logits, args.lr_teacher, source), rules, inputs.data.device)
 
 
@@ -266,7 +285,7 @@ def closing_table(run, state, data, experts):
     rows = [(title, row["syn_lr"], row["scores"]) for title, row in rows]
     if accuracies := experts.test_accuracies:
         reached = {"(experts)": f"{'':16}   {evaluation.spread(accuracies)}"}
-        rows.append((f"all {len(data.train[1])} training images", None, reached))
+        rows.append((f"all {len(data.train[1])} images (no momentum)", None, reached))
     names = "images_best.pt, curves.png, animation.gif, results.json, ..."
     return (
         f"\nBest iteration: {best['iteration']}\n{report.closing_table(rows)}\n"
@@ -277,7 +296,7 @@ def closing_table(run, state, data, experts):
 def finish(args, run, state, dashboard, facts):
     """Write everything, close the page, then mark the run as finished."""
     stop.release()  # a signal ends the process at once, and the next start does the rest
-    memory = run.ranks.gather(process.peak_memory(state.label_syn.device))
+    memory = run.ranks.gather(resources.peak_memory(state.label_syn.device))
     if not run.ranks.is_first:
         return
     run.save_results(facts, state)
@@ -340,7 +359,9 @@ def main():
         dashboard = open_dashboard(args, run, settings)
         print_opening(run, state, inputs.experts, dashboard)
         with saved_if_stopped(run, state, dashboard):
-            if not state.baselines:
+            if inputs.real_sets is None:
+                warnings.warn(f"a class has fewer than {args.ipc} real images to compare with")
+            elif not state.baselines:
                 alpha = args.lr_teacher
                 real = evaluate_real(evaluator, inputs.real_sets, alpha, args.seed)
                 state.baselines.append(real)
@@ -391,7 +412,8 @@ def main():
 
             # Real images at the learned α too: how much of the gain is due to the step size.
             best = state.evaluations.best
-            before = state.baselines[-1]["syn_lr"]  # α is float32
+            before = state.baselines[-1]["syn_lr"] if state.baselines else best["syn_lr"]
+            # α is float32.
             if best["iteration"] and not math.isclose(before, best["syn_lr"], rel_tol=1e-6):
                 real = evaluate_real(evaluator, inputs.real_sets, best["syn_lr"], args.seed)
                 state.baselines = [state.baselines[0], real]

@@ -11,8 +11,9 @@ import trajectories
 import utils
 from datasets import by_name
 from datasets.preprocessing import CORESETS, Data, Layout, check_factor, coreset
-from datasets.saved_sets import check_set, classes_of, is_saved, load_set, saved_folder
+from datasets.saved_sets import check_set, is_saved, load_set, saved_folder
 from run import report
+from run.folder import run_flags
 from run.state import LABELS
 from system import files, machine, process
 from system.process import ReportedError
@@ -87,14 +88,16 @@ def main(args, settings):
         args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
     )
     if saved:
-        check_set(args.evaluate, saved[0], args.texture, raw.settings, form, "--evaluate")
+        check_set(args.evaluate, saved.images, args.texture, raw.settings, form, "--evaluate")
     data = raw.preprocessed(place.device)
     if args.export:
-        return export(args.export, saved, alpha, data, place.ranks, args.factor)
+        if place.ranks.is_first:
+            export_set(args, saved, alpha, data)
+        return
 
     evaluator = evaluation.make_evaluator(args, data, pool, place)
     if saved:
-        images, labels = saved
+        images, labels, _ = saved
         title = f"images of {args.evaluate}"
     else:
         evaluator = evaluation.of_real_images(evaluator)
@@ -142,8 +145,8 @@ def search_alphas(evaluator, images, labels, key):
     reached = {}
     for alpha in ALPHAS:
         for name, scores in single(images, labels, alpha, (*key, "search")).items():
-            reached[name, alpha] = scores.selection_accuracy
-            process.write_line(f"{name:12} α = {alpha:<7g} {reached[name, alpha]:7.2%}")
+            reached[name, alpha] = evaluation.selection_rank({name: scores})
+            process.write_line(f"{name:12} α = {alpha:<7g} {scores.selection_accuracy:7.2%}")
     return {name: max(ALPHAS, key=lambda a: reached[name, a]) for name in evaluator.pool}
 
 
@@ -160,35 +163,39 @@ def evaluation_folder(args, settings):
 # Export
 
 
-def export(folder, saved, alpha, data, ranks, factor):
-    """Write a saved set for other tools, its tiles enlarged."""
-    images, labels = saved
-    images = utils.decode(images, factor)
-    if ranks.is_first:
-        export_set(folder, images, labels, alpha, data)
-    print(f"{len(images)} images exported to {folder}")
+def export_set(args, saved, syn_lr, data: Data):
+    """Write a saved set for other tools: PNGs in class folders, and dd_ranking.pt.
 
-
-def export_set(folder, images, labels, syn_lr, data: Data):
-    """Write a synthetic set for other tools: PNGs in class folders, and dd_ranking.pt.
-
-    The PNGs are for viewing: clipped and scaled. DD-Ranking's dictionary has what networks learn
-    from. Raises ReportedError if the folder already has images.
+    The PNGs are for viewing: clipped and scaled, tiles enlarged. DD-Ranking's dictionary has what
+    networks learn from, and the record of the run, so that --evaluate takes it as it was. Raises
+    ReportedError if the folder already has an exported set.
 
     Every class has a folder, so that `ImageFolder` numbers them alike.
     """
-    if (folder / "images").exists():
-        raise ReportedError(
-            f"--export={folder}: there are images already: remove them, or name another folder"
-        )
+    folder = args.export
+    for there in (folder / "images", folder / "dd_ranking.pt"):
+        if there.exists():
+            raise ReportedError(
+                f"--export={folder}: {there.name} is there already: remove it, or name another "
+                "folder"
+            )
+    images = utils.decode(saved.images, args.factor)
     pixels = report.clip(data.to_pixels(images))
-    classes = classes_of(labels)
     for label, name in enumerate(data.classes):
         (folder / "images" / name).mkdir(parents=True)
-        for number, image in enumerate(pixels[classes == label]):
+        for number, image in enumerate(pixels[saved.classes == label]):
             path = folder / "images" / name / f"{number:04d}.png"
             report.save_picture(path, report.draw_image(image, pixels=True))
-    content = {"image_tensor": images, "hard_labels": classes, "syn_lr": syn_lr}
-    if labels.dim() == 2:
-        content["soft_labels"] = labels
+    content = {"image_tensor": images, "hard_labels": saved.classes, "syn_lr": syn_lr}
+    if saved.labels.dim() == 2:
+        content["soft_labels"] = saved.labels
+    content["record"] = json.dumps(exported_record(args, data))
     files.write_tensors(folder / "dd_ranking.pt", content)
+    print(f"{len(images)} images exported to {folder}")
+
+
+def exported_record(args, data):
+    """The record of an exported set, without folders of this machine: `files.RunRecord`."""
+    flags = {n: v for n, v in run_flags(args).items() if not isinstance(getattr(args, n), Path)}
+    settings = {"data": data.settings["digest"]} | data.settings
+    return {"settings": settings, "flags": flags | {"factor": 1}, "wandb_id": ""}

@@ -16,7 +16,7 @@ from datasets.preprocessing import Data, random_real
 from reparam_module import ReparamModule
 from system import process
 from system.compilation import Compiler
-from system.process import Interval, ReportedError, stop
+from system.process import Interval, ReportedError, Stopped, stop
 from system.ranks import ALONE, Ranks
 from utils import Augment
 
@@ -54,7 +54,7 @@ class Tested(NamedTuple):
     val: float | None  # accuracy on the validation images, in [0, 1]; None: there are none
     test: float
     classes: list  # test accuracy on each class
-    is_finite: bool  # whether its parameters are
+    is_finite: bool  # whether its logits are
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,26 @@ class Evaluator:
         numbers = self.ranks.mine(range(self.num_eval))
         images, labels = self.ranks.mine(images), self.ranks.mine(labels)
         keys = [("evaluation", *key, name, number) for number in numbers]
-        tested = self.evaluate_some(name, images, labels, syn_lr, keys) if keys else []
+        tested, stopped = [], None
+        try:
+            if keys:
+                tested = self.evaluate_some(name, images, labels, syn_lr, keys)
+        except Stopped as error:  # on this rank; the others learn of it when they are done
+            stopped = error.args[0]
+        of_ranks = self.ranks.gather([stopped, [list(each) for each in tested]])
+        signals = [number for number, _ in of_ranks if number]
+        if signals:
+            raise Stopped(signals[0], "")
         # Network n is the one of number n // ranks on rank n % ranks.
-        of_ranks = self.ranks.gather(tested)
-        tested = [of_ranks[n % len(of_ranks)][n // len(of_ranks)] for n in range(self.num_eval)]
-        warn_of_diverged(name, [each.is_finite for each in tested], syn_lr)
+        places = [divmod(n, len(of_ranks)) for n in range(self.num_eval)]
+        tested = [Tested(*of_ranks[rank][1][number]) for number, rank in places]
+        diverged = sum(not each.is_finite for each in tested)
+        warn_of_diverged(name, diverged, len(tested), syn_lr)
         return Scores(
             [each.val for each in tested if each.val is not None],
             [each.test for each in tested],
             [each.classes for each in tested],
+            diverged,
         )
 
     def evaluate_some(self, name, images, labels, syn_lr, keys):
@@ -117,28 +128,32 @@ class Evaluator:
         if is_small and self.pool[name]:
             train = images, labels
             self.train_together(self.pool[name], networks, train, syn_lr, generators)
-        else:
-            workers = torch.get_num_threads() if is_small and device.type == "cpu" else 1
-            trainings = [
-                self.evaluate_synset(network, forward, train, syn_lr, generator)
-                for network, forward, train, generator in zip(
-                    networks, forwards, zip(images, labels), generators
-                )
-            ]
-            total = len(trainings) * (self.epochs + 1)
-            with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
-                process.in_threads(trainings, workers, bar)
-        return [self.test(*pair) for pair in zip(networks, forwards)]
+            return [self.test(*pair) for pair in zip(networks, forwards)]
+        tested = {}
+        todo = []
+        for number, pair in enumerate(zip(networks, forwards)):
+            train = images[number], labels[number]
+            training = self.evaluate_synset(*pair, train, syn_lr, generators[number])
+            todo.append(self.then_test(training, pair, tested, number))
+        total = len(todo) * (self.epochs + 1)
+        # A thread for each network, so that its digits do not depend on how many there are.
+        each_alone = is_small and device.type == "cpu"
+        with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
+            process.in_threads(todo, each_alone, bar)
+        return [tested[number] for number in range(len(todo))]
+
+    def then_test(self, training, pair, tested, number):
+        """Exhaust a `training`, then put what its network and forward reach into `tested`."""
+        yield from training
+        tested[number] = self.test(*pair)
 
     def test(self, network, forward):
-        """Test a trained network: `Tested`."""
-        data = self.data
-        val = None
-        if len(data.val[1]):
-            val, _ = utils.accuracy(network, forward, *data.val, self.batch_real)
-        test, classes = utils.accuracy(network, forward, *data.test, self.batch_real)
-        is_finite = all(p.isfinite().all().item() for p in network.parameters())
-        return Tested(val, test, classes, is_finite)
+        """Test a trained network: `Tested`. One that diverged counts as guessing."""
+        part = self.data.val
+        val = utils.accuracy(network, forward, *part, self.batch_real) if len(part[1]) else None
+        test = utils.accuracy(network, forward, *self.data.test, self.batch_real)
+        is_finite = test.is_finite and (val is None or val.is_finite)
+        return Tested(val and val.mean, test.mean, test.classes, is_finite)
 
     def evaluate_synset(self, network, forward, train, syn_lr, generator):
         """Train a fresh network on images (N, 3, H, H) and labels, as MTT's evaluation does.
@@ -278,12 +293,11 @@ def load_vector(network, theta):
         parameter.copy_(part.view(parameter.shape))
 
 
-def warn_of_diverged(name, are_finite, syn_lr):
-    diverged = are_finite.count(False)
+def warn_of_diverged(name, diverged, count, syn_lr):
     if diverged:
         warnings.warn(
-            f"{diverged} of {len(are_finite)} networks ({name}) diverged in evaluation: "
-            f"α = {syn_lr:.4g} is too large for them, so they count as guessing"
+            f"{diverged} of {count} networks ({name}) diverged in evaluation: α = {syn_lr:.4g} is "
+            "too large for them, so they count as guessing"
         )
 
 
@@ -325,6 +339,7 @@ class Scores:
     val: list  # empty without a validation set
     test: list
     classes: list = field(default_factory=list)  # test accuracy per class, a list per network
+    diverged: int = 0  # networks that count as guessing
 
     def __str__(self):
         return "   ".join(f"{spread(part):16}" for part in (self.val, self.test))
@@ -341,6 +356,12 @@ class Scores:
 def mean_selection_accuracy(scores):
     """The mean over networks, of their `scores` by name."""
     return np.mean([score.selection_accuracy for score in scores.values()])
+
+
+def selection_rank(scores):
+    """The key by which `scores`, by network, are compared: those with a diverged network last."""
+    diverged = sum(score.diverged for score in scores.values())
+    return not diverged, mean_selection_accuracy(scores)
 
 
 class Evaluations:
@@ -361,7 +382,7 @@ class Evaluations:
     @property
     def best(self):
         """The comparable evaluation with the highest selection accuracy, the first if tied."""
-        return max(self.comparable, key=lambda row: mean_selection_accuracy(row["scores"]))
+        return max(self.comparable, key=lambda row: selection_rank(row["scores"]))
 
     @property
     def best_accuracy(self):

@@ -48,7 +48,7 @@ def add_flags(parser):
 
 def make_parser():
     """The parser of this script's flags."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add_shared_flags(parser, batch_train=128)
     add_flags(parser)
     return parser
@@ -91,7 +91,7 @@ def train_expert(args, data, compiler, seed, dashboard):
         bar = process.with_lines(bar, line_due, f"{name}: batch")
         # Loss and accuracy are those on the augmented images, as seen in training.
         loss, accuracy = utils.train_epoch(forward, optimizer, data.train, augment, bar)
-        test_accuracy, _ = utils.accuracy(network, forward, *data.test, args.batch_train)
+        test_accuracy = utils.accuracy(network, forward, *data.test, args.batch_train).mean
 
         trajectory.append(snapshot(network))
         # Otherwise a student would match NaN for hours.

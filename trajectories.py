@@ -3,14 +3,13 @@
 import hashlib
 import json
 import warnings
-import zipfile
 from dataclasses import dataclass, replace
 
 import torch
 
 import utils
 from system import files
-from system.process import ReportedError, first_line
+from system.process import ReportedError, first_line, is_out_of_memory
 
 # --------------------------------------------------------------------------------------------------
 # Files
@@ -91,15 +90,17 @@ def read_trajectories(path):
                 raise DamagedFile(
                     f"{path} is damaged: its checksum is not the recorded one: {REMEDY}"
                 )
+    elif fault := files.foreign_damage(path):
+        raise DamagedFile(f"{path} is damaged: {fault}: {FOREIGN_REMEDY}")
     try:
-        # PyTorch's format until 1.6 cannot be mapped.
-        is_mappable = zipfile.is_zipfile(path)
-        found = torch.load(path, mmap=is_mappable, map_location="cpu", weights_only=True)
-        trajectories = as_trajectories(found)
+        trajectories = as_trajectories(files.load_tensors(path, mmap=True))
     except Exception as error:  # torch.load raises whatever the file's bytes trigger
-        remedy = REMEDY if record else FOREIGN_REMEDY
+        if is_out_of_memory(error):
+            raise
         fault = files.load_fault(error)
-        raise DamagedFile(f"{path} is no trajectory file ({fault}): {remedy}") from None
+        if record:  # the file is whole
+            raise ReportedError(f"{path} is whole, but cannot be read ({fault})") from None
+        raise DamagedFile(f"{path} is no trajectory file ({fault}): {FOREIGN_REMEDY}") from None
     return trajectories, record
 
 

@@ -372,16 +372,34 @@ def train_epoch(forward, optimizer, train, augment, batches):
     return loss_sum / seen, hits / seen
 
 
+class Accuracy(NamedTuple):
+    """The accuracy of a network on a set of images."""
+
+    mean: float  # fraction classified correctly
+    classes: list  # the same of each class
+    is_finite: bool  # whether all logits are
+
+
 @torch.no_grad()
 def accuracy(network, forward, images, labels, batch_size):
-    """Fraction of `images` (N, C, H, W) classified correctly, and the same per class, a list."""
+    """The `Accuracy` of a network on `images` (N, C, H, W).
+
+    NaN has no largest entry, so a network that diverged would always say class 0. It has the
+    accuracy of guessing instead, 1 / classes.
+    """
     network.eval()
-    predicted = []
+    logits = []
     for x in images.split(batch_size):
         missing = batch_size - len(x)
         padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))  # one shape, so one compiled graph
-        predicted.append(forward(padded)[: len(x)].argmax(1))
+        logits.append(forward(padded)[: len(x)])
     network.train()
-    hits = (torch.cat(predicted) == labels).double()
-    of_classes = labels.bincount(weights=hits) / labels.bincount()
-    return hits.mean().item(), of_classes.tolist()
+    logits = torch.cat(logits)
+    classes = logits.shape[1]
+    if not logits.isfinite().all():
+        return Accuracy(1 / classes, [1 / classes] * classes, False)
+    hits = (logits.argmax(1) == labels).double()
+    of_classes = labels.bincount(weights=hits, minlength=classes) / labels.bincount(
+        minlength=classes
+    )
+    return Accuracy(hits.mean().item(), of_classes.tolist(), True)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat
-from datasets.folders import image_folders, load_image_folder
+from datasets.folders import count_classes, load_image_folder
 from datasets.pictures import Images, data_digest
 from datasets.preprocessing import ZCA_EPS, Form, Raw, channel_statistics, split_dataset
 from datasets.toysat import draw_toysat
@@ -79,19 +79,32 @@ DATASETS = {  # --dataset
 }
 
 
+def is_in_use(data_path):
+    """Tell whether a folder holds caches of this project, or what torchvision keeps there."""
+    return any(
+        path for name in ("*_cache.pt", "zca_*.pt", "cifar-*") for path in data_path.glob(name)
+    )
+
+
 def form_of(dataset, data_path, im_size):
     """The `Form` of a data set, before its images are read; `im_size` None: its own side.
 
     Raises ReportedError for a side other than its own, unless it scales.
     """
     source = DATASETS[dataset]
+    side = side_of(dataset, im_size)
+    return Form(source.num_classes or count_classes(data_path), side)
+
+
+def side_of(dataset, im_size):
+    """The side of a data set's images in pixels, as `form_of` says."""
+    source = DATASETS[dataset]
     if im_size not in (None, source.im_size) and not source.scales:
         raise ReportedError(
             f"--im_size={im_size}: the images of {dataset} have {source.im_size} pixels a side: "
             "leave the flag out, or use --dataset=ImageFolder, which scales"
         )
-    num_classes = source.num_classes or len(image_folders(data_path)[0])
-    return Form(num_classes, im_size or source.im_size)
+    return im_size or source.im_size
 
 
 def read_dataset(name, data_path, im_size, val_fraction, zca):
@@ -100,15 +113,16 @@ def read_dataset(name, data_path, im_size, val_fraction, zca):
     `im_size` is as in `form_of`. Raises ReportedError if the data is unavailable.
     """
     source = DATASETS[name]
-    form = form_of(name, data_path, im_size)
-    read = source.load(data_path, form.im_size) if source.scales else source.load(data_path)
+    side = side_of(name, im_size)
+    read = source.load(data_path, side) if source.scales else source.load(data_path)
     split = split_dataset(read.labels, val_fraction, read.classes, read.num_test)
     settings = {"dataset": name, "digest": read.digest, "val_fraction": val_fraction, "zca": zca}
     if source.scales:
-        settings["im_size"] = form.im_size
+        settings["im_size"] = side
     if zca:
         settings["zca_eps"] = ZCA_EPS
     else:
         statistics = source.statistics or channel_statistics(read.images[split.train])
         settings |= dict(zip(("mean", "std"), statistics))
-    return Raw(read.images, read.labels, split, read.classes, settings, data_path)
+    folder = data_path.parent if data_path.is_file() else data_path  # an archive's
+    return Raw(read.images, read.labels, split, read.classes, settings, folder)

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from system import files
 from system.process import ReportedError, first_line, progress
+from system.resources import available_cores
 
 
 class Images(NamedTuple):
@@ -45,28 +46,40 @@ class Listing(NamedTuple):
     num_test: int | None = None
 
 
+# Increment it with every change to what is read from a picture, so that older caches do not count.
+READER = 2
+
+
 def read_pictures(listing, cache, im_size, crop=False):
     """`Images` with sides of `im_size` pixels, from picture files or from the file `cache`.
 
-    The cache is valid as long as no picture's name, size or time changes. Raises ReportedError for
-    a picture that cannot be used.
+    The cache is valid as long as no picture's name, size or time changes, nor its own pixels.
+    Raises ReportedError for a picture that cannot be used.
     """
     with files.locked(cache.parent, reader=True):  # one process decodes, others read its cache
         paths = [listing.folder / path for path in listing.paths]
         stats = [os.stat(path) for path in paths]
         known = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(listing.paths, stats)]
-        fingerprint = hashlib.sha256(repr(known).encode()).hexdigest()
+        fingerprint = hashlib.sha256(repr((READER, known)).encode()).hexdigest()
         labels = torch.tensor(listing.labels)
-        cached = files.read_cache(cache, "fingerprint", "images", "digest")
-        if cached and cached["fingerprint"] == fingerprint:
-            images, digest = cached["images"], cached["digest"]
-        else:
+        shape = len(paths), 3, im_size, im_size
+        content = files.read_cache(cache, "fingerprint", "images", "digest")
+        if not (content and is_of(content, fingerprint, shape, labels, listing.num_test)):
             print(f"reading {len(paths)} pictures; kept in {cache}", flush=True)
             images = decode_pictures(paths, im_size, crop)
             digest = data_digest(images, labels, listing.num_test)
             content = {"fingerprint": fingerprint, "images": images, "digest": digest}
             files.write_cache(cache, content)
+    images, digest = content["images"], content["digest"]
     return Images(images, labels, digest, listing.classes, listing.num_test)
+
+
+def is_of(content, fingerprint, shape, labels, num_test):
+    """Tell whether a cache's content is that of these pictures. Half a second for EuroSAT."""
+    images = content["images"]
+    if content["fingerprint"] != fingerprint or images.shape != shape:
+        return False
+    return content["digest"] == data_digest(images, labels, num_test)
 
 
 def decode_pictures(paths, im_size, crop):
@@ -95,7 +108,7 @@ def decode_pictures(paths, im_size, crop):
         return losses
 
     lost = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+    with ThreadPoolExecutor(available_cores()) as pool, warnings.catch_warnings():
         # Pillow's decoders release the GIL. Its own warnings do not name the file.
         warnings.simplefilter("ignore")
         done = pool.map(decode, range(len(paths)))
@@ -108,7 +121,11 @@ def decode_pictures(paths, im_size, crop):
     return images
 
 
-BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
+# Tags of TIFF, and the values of the last: unsigned, or not said.
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, SAMPLE_FORMAT = 258, 277, 339
+UNSIGNED = (1, 4)
+# Formats of which the depth is known below, or always 8 bits. Pillow reads more, and keeps 8 bits.
+FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 def picture_fault(image, im_size, crop):
@@ -118,23 +135,34 @@ def picture_fault(image, im_size, crop):
         return f"{size}, not {im_size}x{im_size}: replace it"
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a few bytes can hold gigabytes
         return f"{size}, more than is safe to decode: replace it"
-    if depth := depth_of(image):
-        return f"has {depth} per channel: scale its values to 8 bits and save it again"
+    if image.format not in FORMATS:
+        return f"is a {image.format}, whatever its name says: convert it to PNG"
+    if values := odd_values(image):
+        return f"has {values} per channel: scale its values to 8 bits and save it again"
     return None
 
 
-def depth_of(image):
-    """Name the depth of an opened picture of more than 8 bits per channel; None: 8 or fewer.
+def odd_values(image):
+    """Name the values of an opened picture, if not of at most 8 bits without a sign; else None.
 
-    Of 16-bit colours, Pillow silently keeps only the high byte: its mode is RGB. The tags of a
-    TIFF, and the arguments of a PNG's decoder, as "RGB;16B", say what the file holds.
+    Pillow takes signed bytes for unsigned ones, and silently keeps only the high byte of 16-bit
+    colours: its mode is RGB. The tags of a TIFF, and the arguments of the decoders of PNG, as
+    "RGB;16B", and PPM, as ("RGB", 65535), say what the file holds.
     """
     if image.mode.startswith("F"):
         return "floating-point values"
     if image.mode.startswith("I"):
         return "more than 8 bits"
-    is_wide = image.format == "TIFF" and max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
-    if is_wide or (image.format == "PNG" and ";16" in image.tile[0][3]):
+    if image.format == "TIFF":
+        formats = image.tag_v2.get(SAMPLE_FORMAT, UNSIGNED[:1])
+        if max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8:
+            return "16 bits"
+        if not set(formats) <= set(UNSIGNED):
+            return "signed values"
+    arguments = image.tile[0][3] if image.tile else None
+    if image.format == "PNG" and ";16" in arguments:
+        return "16 bits"
+    if image.format == "PPM" and isinstance(arguments, tuple) and arguments[1] > 255:
         return "16 bits"
     return None
 

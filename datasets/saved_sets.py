@@ -1,7 +1,9 @@
 """Saved sets of synthetic images, of this project and of other tools: written, read, checked."""
 
 import hashlib
+import json
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,18 @@ class SavedSet(NamedTuple):
     images: object
     labels: object
     syn_lr: object
+    classes: object = None  # beside soft labels
+    record: object = None  # of the run, as text
+
+
+class SyntheticSet(NamedTuple):
+    """A checked set of synthetic images."""
+
+    images: torch.Tensor  # float32 (N, C, H, H)
+    labels: (
+        torch.Tensor
+    )  # of each image, or tile: classes (n,) int64, or probabilities (n, classes)
+    classes: torch.Tensor  # the same as classes
 
 
 def find_set(what, flag):
@@ -67,7 +81,8 @@ def set_in(content, path, flag):
             return SavedSet(images, labels, None)
         case {"image_tensor": images}:
             soft, hard = content.get("soft_labels"), content.get("hard_labels")
-            return SavedSet(images, hard if soft is None else soft, content.get("syn_lr"))
+            rest = content.get("syn_lr"), hard, content.get("record")
+            return SavedSet(images, hard if soft is None else soft, *rest)
     keys = ", ".join(map(str, list(content)[:8])) or "none"
     raise ReportedError(
         f"{flag}: {path} holds no images with labels, but a dict with the keys {keys}. Known are "
@@ -82,14 +97,32 @@ NUMPY_SCALARS += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.i
 
 def read_file(path, flag):
     """Read what `torch.save` wrote; None if there is no such file."""
+    if fault := files.foreign_damage(path):
+        raise ReportedError(f"{flag}: {path} is damaged ({fault})")
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):  # accuracies, in DC's files
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return files.load_tensors(path)
     except FileNotFoundError:
         return None
     except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
         fault = files.load_fault(error)
         raise ReportedError(f"{flag}: {path} cannot be read ({fault})") from None
+
+
+def read_record(what, flag):
+    """The `files.RunRecord` of the run that made a saved set; None: it has none, as MTT's.
+
+    Raises ReportedError for a damaged record.
+    """
+    if record := files.read_run(saved_folder(what)):
+        return record
+    content = find_set(what, flag).record
+    if content is None:
+        return None
+    try:
+        return files.RunRecord(**json.loads(content))
+    except (TypeError, ValueError) as error:
+        raise ReportedError(f"{flag}: the record in {what} is damaged ({error})") from None
 
 
 def saved_step_size(what, flag):
@@ -113,10 +146,11 @@ def saved_step_size(what, flag):
 
 
 def load_set(what, form, factor, flag):
-    """Images (N, 3, H, H) float32, and labels, of a saved set: classes, or probabilities.
+    """The `SyntheticSet` of a saved set.
 
-    Labels are those of the factor² tiles of each image. Raises ReportedError if they are missing,
-    or do not fit this `preprocessing.Form`.
+    Labels are those of the factor² tiles of each image. Those that are no probabilities are taken
+    as logits, with a warning. Raises ReportedError if they are missing, or do not fit this
+    `preprocessing.Form`.
     """
     found = find_set(what, flag)
     for name, part in (("images", found.images), ("labels", found.labels)):
@@ -152,7 +186,14 @@ def load_set(what, form, factor, flag):
             f"probabilities (N, {last + 1}) float32; found images {description(found.images)} and "
             f"labels {description(found.labels)}"
         )
-    return images, labels
+    if labels.dim() == 2 and not is_probability(labels):
+        warnings.warn(f"{flag}: the labels of {what} are no probabilities: taken as logits (DATM)")
+        labels = labels.softmax(1)
+    classes = classes_of(labels)
+    if is_plain(found.classes) and found.classes.shape == classes.shape:
+        own = as_labels(found.classes)
+        classes = own if is_label_set(own, count, form) else classes
+    return SyntheticSet(images, labels, classes)
 
 
 def as_images(found):
@@ -194,11 +235,15 @@ def is_image_set(images, form):
 
 def is_label_set(labels, count, form):
     if labels.dtype == torch.float32:
-        fits = labels.shape == (count, form.num_classes) and bool((labels >= 0).all())
-        return fits and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
+        return labels.shape == (count, form.num_classes) and bool(labels.isfinite().all())
     if labels.dtype != torch.int64:
         return False
     return labels.shape == (count,) and 0 <= labels.min() <= labels.max() < form.num_classes
+
+
+def is_probability(labels):
+    """Tell whether rows of labels (n, classes) are probabilities."""
+    return bool((labels >= 0).all() and ((labels.sum(1) - 1).abs() < 1e-3).all())
 
 
 def check_set(what, images, texture, settings, form, flag):
@@ -206,11 +251,16 @@ def check_set(what, images, texture, settings, form, flag):
 
     `settings` are those of the data, and `form` their `preprocessing.Form`.
     """
-    folder = saved_folder(what)
-    if record := files.read_run(folder):  # MTT's sets have none
+    if record := read_record(what, flag):
         now = {key: settings[key] for key in ("dataset", "zca", "val_fraction")}
         now |= {"data": settings["digest"], "texture": texture}
-        files.check_record(folder, record.flags | record.settings, now, "set")
+        files.check_record(saved_folder(what), record.flags | record.settings, now, "set")
+    else:
+        warnings.warn(
+            f"{flag}: {what} has no record of its settings. If it was not made for "
+            f"--dataset={settings['dataset']} --zca={settings['zca']}, its images are on another "
+            "scale, and accuracy means nothing"
+        )
     if images.shape[2] != form.im_size and not texture:
         raise ReportedError(
             f"{flag}: the images of {what} have {images.shape[2]} pixels a side, not "
@@ -221,15 +271,20 @@ def check_set(what, images, texture, settings, form, flag):
 def classes_of(labels):
     """The classes (N,) of labels: classes, or probabilities (N, classes).
 
-    A learned label's likeliest class may be another than its image has started from. Sets are in
-    the order of their classes, with as many images of each. In any other set, the likeliest counts.
+    A learned label's likeliest class may be another than its image has started from. Sets of this
+    project, and of MTT and its successors, are in the order of their classes, with as many images
+    of each. A set is taken for one of these if most labels agree. In others, the likeliest counts.
     """
     if labels.dim() == 1:
         return labels
     count, num_classes = labels.shape
+    likeliest = labels.argmax(1)
     if count % num_classes:
-        return labels.argmax(1)
-    return torch.arange(num_classes, device=labels.device).repeat_interleave(count // num_classes)
+        return likeliest
+    ordered = torch.arange(num_classes, device=labels.device).repeat_interleave(
+        count // num_classes
+    )
+    return ordered if (ordered == likeliest).float().mean() >= 0.5 else likeliest
 
 
 def save_set(folder, tag, images, labels, syn_lr):
@@ -254,14 +309,16 @@ def pix_init(text):
 
 
 def initial_set(pix_init, layout, data, generator):
-    """The initial images (K, C, S, S) and labels of a run, and what --pix_init stands for.
+    """The initial `SyntheticSet` of a run, images (K, C, S, S), and what --pix_init stands for.
 
-    Labels are those of the tiles: classes, or probabilities of a saved set. Raises ReportedError if
-    a saved set does not have this `preprocessing.Layout`, or was made for other data.
+    Raises ReportedError if a saved set does not have this `preprocessing.Layout`, or was made for
+    other data.
     """
     if pix_init in PIX_INIT:
-        return *PIX_INIT[pix_init](data, layout, generator), pix_init
-    images, labels = load_set(pix_init, data.form, layout.factor, "--pix_init")
+        images, classes = PIX_INIT[pix_init](data, layout, generator)
+        return SyntheticSet(images, classes, classes), pix_init
+    loaded = load_set(pix_init, data.form, layout.factor, "--pix_init")
+    images, labels, _ = loaded
     check_set(pix_init, images, layout.canvas_size > 1, data.settings, data.form, "--pix_init")
     shape = layout.shape(data.form)
     if images.shape != shape:
@@ -271,4 +328,4 @@ def initial_set(pix_init, layout, data, generator):
         )
     digest = hashlib.sha256(images.numpy())
     digest.update(labels.numpy())
-    return images, labels, f"set {digest.hexdigest()[:16]}"
+    return loaded, f"set {digest.hexdigest()[:16]}"

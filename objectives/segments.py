@@ -9,7 +9,7 @@ import torch
 import utils
 from reparam_module import UNROLLS
 from run.state import Step
-from system import process
+from system import resources
 from system.process import ReportedError
 from system.ranks import Ranks
 from utils import Augment
@@ -123,7 +123,7 @@ def student_augment(args, form, apply=utils.apply_group):
 
 def make_unroll(args, inputs, make_batch):
     """The engine that --unroll names, and its `advance`."""
-    memory = process.activation_memory(args.unroll_memory, inputs.data.device)
+    memory = resources.activation_memory(args.unroll_memory, inputs.data.device)
     compiler, ranks = inputs.machine.compiler, inputs.machine.ranks
     options = {"momentum": args.mom_syn, "memory": memory}
     if args.shard_batch:

@@ -111,7 +111,7 @@ def open_run(folder, ranks, settings, flags, state):
         if ranks.is_first:
             record = files.start_run(folder, settings, flags, OBSERVING)
             state.load(folder / CHECKPOINT)
-        agree(ranks, settings, state)
+        agree(ranks, settings, flags, state)
         done = len(state.losses)
         if flags["Iteration"] < done:
             raise ReportedError(
@@ -150,11 +150,15 @@ def leave(run, state, dashboard, error):
     raise RankLost(f"{error}; {saved}") from None
 
 
-def agree(ranks, settings, state):
-    """Give all ranks rank 0's state. Raises ReportedError if they have other settings."""
-    theirs = ranks.from_first(settings)
-    names = sorted(settings.keys() | theirs.keys())
-    different = [name for name in names if settings.get(name) != theirs.get(name)]
+def agree(ranks, settings, flags, state):
+    """Give all ranks rank 0's state. Raises ReportedError if they have other settings.
+
+    How ranks share out the work changes no result, but has to be the same, too.
+    """
+    mine = settings | {"shard_batch": flags["shard_batch"]}
+    theirs = ranks.from_first(mine)
+    names = sorted(mine.keys() | theirs.keys())
+    different = [name for name in names if mine.get(name) != theirs.get(name)]
     if different:
         raise ReportedError(
             f"{', '.join(different)} differ from those of rank 0: start all processes with the "

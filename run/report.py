@@ -182,6 +182,8 @@ def plot_accuracy(axis, rows, baselines):
             axis.plot(iterations, mean, style, color=color, marker=".", label=label)
             band = {"color": color, "alpha": 0.12, "linewidth": 0}
             axis.fill_between(iterations, mean - std, mean + std, **band)
+        if not baselines:
+            continue
         real = 100 * np.mean(baselines[0]["scores"][network].test)
         label = f"{network}, random real images, test"
         axis.axhline(real, color=color, linestyle=":", label=label)

@@ -10,7 +10,7 @@ import torch
 
 from evaluation import Evaluations, from_json, to_json
 from system import files
-from system.process import ReportedError, first_line
+from system.process import ReportedError, first_line, is_out_of_memory
 
 
 class Step(NamedTuple):
@@ -239,23 +239,25 @@ class State:
         files.write_tensors(path, self.content())
 
     def load(self, path):
-        """Restore what `save` wrote, if anything. Raises ReportedError for a damaged file."""
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(content, dict) and "syn_lr" in content:
-                raise ReportedError(
-                    f"{path} was written before version 1.0: resume it with the code of then, or "
-                    "start from its images by --pix_init under another --run_name"
-                )
-            self.restore(content)
-        except FileNotFoundError:
-            pass  # a new run
-        except ReportedError:
-            raise
-        except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
+        """Restore what `save` wrote, if anything.
+
+        Raises ReportedError for a file that is damaged, or no checkpoint of this version.
+        """
+        if not path.exists():
+            return  # a new run
+        if fault := files.damage(path):
             raise ReportedError(
-                f"{path} is damaged ({first_line(error)}): remove it, and the run starts from "
-                "scratch"
+                f"{path} is damaged ({fault}): remove it, and the run starts from scratch"
+            )
+        try:
+            self.restore(files.load_tensors(path))
+        except Exception as error:  # a foreign file raises whatever its content triggers
+            if is_out_of_memory(error):
+                raise
+            raise ReportedError(
+                f"{path} cannot be read as a checkpoint of this version ({first_line(error)}): "
+                "resume it with the version that wrote it, or start from its images (--pix_init) "
+                "under another --run_name"
             ) from None
 
     def content(self):

@@ -1,8 +1,10 @@
 """A run's page on Weights & Biases."""
 
 import os
+import shlex
 import shutil
 import sys
+import uuid
 import warnings
 from pathlib import Path
 
@@ -20,6 +22,7 @@ class Dashboard:
     Online if logged in and reachable, else offline, in `folder`/wandb. `axis` is the key that all
     others are plotted against. `options` are those of `wandb.init`. An `id` that has been used
     before continues that page. WANDB_DIR, and WANDB_MODE without `mode`, work as in wandb itself.
+    WANDB_RUN_ID does not, as a script may have many pages, which would overwrite each other.
     """
 
     unreachable = False  # the server, as far as this process knows: a try takes half a minute
@@ -29,6 +32,7 @@ class Dashboard:
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb" / "cache"))
         os.environ.setdefault("WANDB_SILENT", "true")  # settings would not outlive `stop_service`
         folder = Path(os.environ.get("WANDB_DIR") or folder)
+        options["id"] = options.get("id") or uuid.uuid4().hex[:8]  # else it would be WANDB_RUN_ID
         self.folder = folder / "wandb"
         self.page = None
         for each in modes_to_try(mode or os.environ.get("WANDB_MODE")):
@@ -38,7 +42,7 @@ class Dashboard:
                 self.page = wandb.init(
                     mode=each,
                     dir=folder,
-                    resume="allow" if options.get("id") else None,
+                    resume="allow",
                     reinit="finish_previous",
                     settings=wandb.Settings(init_timeout=30),
                     **options,
@@ -75,9 +79,10 @@ class Dashboard:
         if self.page.settings.mode != "offline":
             return f"wandb: {self.page.url or 'disabled'}"
         command = "wandb" if shutil.which("wandb") else Path(sys.executable).with_name("wandb")
+        command, folder = shlex.quote(str(command)), shlex.quote(str(self.folder))
         return (
-            f"wandb logs offline; to view: {command} leet {self.folder}; "
-            f"to upload: {command} sync {self.folder}/offline-run-*"
+            f"wandb logs offline; to view: {command} leet {folder}; "
+            f"to upload: {command} sync {folder}/offline-run-*"
         )
 
 

@@ -159,10 +159,24 @@ class CompileFailures(logging.Filter):
     def filter(self, record):
         if record.exc_info and not self.seen:
             self.seen = True
-            error = first_line(record.exc_info[1])
-            remedy = "it needs a C++ compiler, as g++; --no-compile does without"
-            warnings.warn(f"torch.compile failed, continuing without it: {error} ({remedy})")
+            fault, remedy = compile_fault(record.exc_info[1])
+            warnings.warn(f"torch.compile failed, continuing without it: {fault} ({remedy})")
         return not record.exc_info
+
+
+def compile_fault(error):
+    """Say why a compilation failed, and what helps, from PyTorch's `error`."""
+    cause = getattr(error, "inner_exception", None) or error.__cause__ or error
+    system = next((e for e in (cause, cause.__cause__, cause.__context__) if is_of_files(e)), None)
+    if system:
+        where = "name a folder that can be written by TORCHINDUCTOR_CACHE_DIR"
+        return first_line(system), f"{where}; --no-compile does without"
+    return first_line(cause), "it needs a C++ compiler, as g++; --no-compile does without"
+
+
+def is_of_files(error):
+    """Tell whether an exception is a system's about a file or folder."""
+    return isinstance(error, OSError) and error.filename is not None
 
 
 FAILURES = CompileFailures()  # one for the process, as loggers are

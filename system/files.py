@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 import warnings
+import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch
 from system.process import ReportedError, first_line, is_out_of_memory
 
 TEMPORARY = ".eurosat-mtt.tmp"  # how the name of every unfinished file ends, and no other
+
+# Errors of file systems that cannot sync, as some that run in user space.
+WITHOUT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # --------------------------------------------------------------------------------------------------
 # Writing and reading
@@ -38,7 +42,7 @@ def write_whole(path, write):
         with open(temporary, "w+b") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         if is_out_of_memory(error):
@@ -50,6 +54,15 @@ def write_whole(path, write):
         raise OSError(f"{path} cannot be written ({cause})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(file):
+    """Have a file's content written to disk, where its file system can."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in WITHOUT_SYNC:
+            raise
 
 
 def write_tensors(path, content):
@@ -79,8 +92,39 @@ def checksum(file):
     return digest.hexdigest()
 
 
+def load_tensors(path, mmap=False):
+    """Read what `torch.save` wrote: tensors on the CPU, lists and numbers, nothing that runs code.
+
+    With `mmap`, tensors are mapped, where the file's format and its file system allow it.
+    """
+    options = {"map_location": "cpu", "weights_only": True}
+    if mmap:
+        with suppress(OSError, RuntimeError):
+            return torch.load(path, mmap=True, **options)
+    return torch.load(path, **options)
+
+
+def damage(path):
+    """Say how a file of `torch.save` has changed since it was written; None: it has not.
+
+    Compares its checksums (CRC-32), which `torch.load` does not, so that a changed byte becomes a
+    changed number. A gigabyte takes a second.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (zipfile.BadZipFile, EOFError):
+        return "it is incomplete, or was not written by torch.save"
+    return part and f"{part} does not have its checksum"
+
+
+def foreign_damage(path):
+    """The same of a file that may be in PyTorch's format until 1.6, which has no checksums."""
+    return damage(path) if zipfile.is_zipfile(path) else None
+
+
 def load_fault(error):
-    """Say why `torch.load(weights_only=True)` failed."""
+    """Say why `load_tensors` failed."""
     if isinstance(error, (OSError, TypeError)):
         return first_line(error)
     if "Weights only" in str(error):
@@ -89,15 +133,22 @@ def load_fault(error):
 
 
 def read_cache(path, *keys):
-    """The entries `keys` of a cache, with tensors memory-mapped; None if there is no such file."""
+    """The entries `keys` of a cache, with tensors memory-mapped; None if there is none, or no more.
+
+    A cache that is not whole is made again.
+    """
     try:
-        content = dict(torch.load(path, mmap=True, weights_only=True))
-        return {key: content[key] for key in keys}
+        content = dict(load_tensors(path, mmap=True))
+        content = {key: content[key] for key in keys}
     except FileNotFoundError:
         return None
     except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
         warnings.warn(f"{path} cannot be read ({first_line(error)}): making it again")
         return None
+    if fault := damage(path):
+        warnings.warn(f"{path} is damaged ({fault}): making it again")
+        return None
+    return content
 
 
 def write_cache(path, content):
@@ -111,8 +162,8 @@ def write_cache(path, content):
 # --------------------------------------------------------------------------------------------------
 # Locks
 
-# Errors of file systems that have no locks, as NFS without its daemon.
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# Errors of file systems without locks, as NFS without its daemon, or Lustre without its option.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
 
 
 @contextmanager
@@ -156,7 +207,8 @@ def locked(folder, name=".lock", wait=True, reader=False):
 def take_lock(path, wait):
     """The acquired lock on `path`; None if another process holds it and `wait` is false."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path)
+    # Its replacement for missing locks is a file that outlives a killed process.
+    lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=5 if wait else 0)
     except filelock.Timeout:
@@ -174,7 +226,10 @@ def remove_leftovers(folder):
             remove = shutil.rmtree if leftover.is_dir() else os.remove
             remove(leftover)
     for path in folder.glob(".expert_*.lock"):
-        with suppress(filelock.Timeout, OSError), filelock.FileLock(path, timeout=0):
+        with (
+            suppress(filelock.Timeout, OSError),
+            filelock.FileLock(path, timeout=0, fallback_to_soft=False),
+        ):
             path.unlink()
 
 

@@ -7,6 +7,7 @@ import torch
 from system import process
 from system.compilation import Compiler
 from system.ranks import Ranks, join, local_device
+from system.resources import limit_threads
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def set_up(device, compile, amp):
 
     Raises ReportedError for a device that is not there.
     """
+    limit_threads()
     device = process.check_device(local_device(device))
     ranks = join(device)
     return Machine(device, ranks, Compiler(compile, process.check_amp(amp, device)))

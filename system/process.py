@@ -1,9 +1,10 @@
-"""The process of a script: errors, signals, progress, devices, memory, versions."""
+"""The process of a script: errors, signals, progress, devices, versions."""
 
 import ctypes
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -28,7 +29,7 @@ class ReportedError(Exception):
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT arrived. Its arguments: the signal's number, and what is saved."""
+    """One of SIGNALS arrived. Its arguments: the signal's number, and what is saved."""
 
 
 class RankLost(ReportedError):
@@ -50,6 +51,11 @@ def is_out_of_memory(error):
     return isinstance(error, RuntimeError) and any(part in str(error) for part in messages)
 
 
+def one_line(text):
+    """The same text, with control characters and line ends as Python writes them: \\n."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+
+
 def run_script(main, less_memory):
     """Run a script's `main`, and turn what it raises into one line and an exit code.
 
@@ -57,19 +63,19 @@ def run_script(main, less_memory):
     `less_memory` names the flags that help when memory runs out.
     """
     keep_freed_memory()
+    prepare_outputs()
     stderr = sys.stderr
-    if is_distributed() and os.environ["RANK"] != "0":
+    if is_distributed() and os.environ.get("RANK") != "0":
         silence()
-    # If an encoding lacks α or ±, a question mark replaces it.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a test or a notebook may have replaced it
-            stream.reconfigure(errors="replace")
     # Importing it warns that there is no CUDA toolkit, which nothing here needs.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
+        check_launcher()
         main()
-    except (ReportedError, OSError) as error:  # an OSError names its file, and what is wrong
+    except ReportedError as error:
+        code, text = 2, f"error: {error}"
+    except OSError as error:  # it names its file, and what is wrong
         code, text = 2, f"error: {first_line(error)}"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -91,13 +97,91 @@ def run_script(main, less_memory):
         # Rank 0 reports what happens to all ranks. Then torchrun ends this one before it reports.
         time.sleep(10)
         text = f"rank {os.environ['RANK']}: {text}"
-    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    print(one_line(f"{Path(sys.argv[0]).name}: {text}"), file=sys.stderr)
     sys.exit(code)
+
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 
 
 def is_distributed():
     """Tell whether torchrun has started several processes, of which this is one."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
+    return (os.environ.get("WORLD_SIZE") or "1") != "1"
+
+
+def check_launcher():
+    """Raise ReportedError, naming the variable, if a launcher's variables are incomplete or odd."""
+    values = {name: os.environ.get(name, "") for name in LAUNCHER}
+    size = values["WORLD_SIZE"]
+    if not is_distributed():
+        if values["RANK"] not in ("", "0"):
+            raise ReportedError(
+                f"RANK={values['RANK']}, but not WORLD_SIZE, which says how many processes there "
+                "are: set both, as torchrun does, or neither"
+            )
+        return
+    missing = [name for name, value in values.items() if not value]
+    if missing:
+        raise ReportedError(
+            f"{', '.join(missing)} not set, though WORLD_SIZE={size} is: start with torchrun, or "
+            "set them as it does (LOCAL_RANK=0 if each machine has one process), or unset "
+            "WORLD_SIZE to run alone"
+        )
+    limits = {"WORLD_SIZE": (2, 10**6), "MASTER_PORT": (1, 65535)}
+    for name in ("WORLD_SIZE", "MASTER_PORT", "RANK", "LOCAL_RANK"):
+        low, high = limits.get(name) or (0, int(size) - 1)
+        if not (values[name].isdecimal() and low <= int(values[name]) <= high):
+            raise ReportedError(
+                f"{name}={values[name]} is no whole number from {low} to {high}: start with "
+                "torchrun, which sets it"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# Outputs
+
+
+class Output:
+    """A text stream that, once nobody reads it any more, ends a run as a signal does.
+
+    The run is saved then. All that is written later goes nowhere.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self.attempt(lambda: self.stream.write(text))
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, call):
+        try:
+            return call()
+        except OSError:  # the reader of a pipe has ended, or a terminal was closed
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # Python flushes it when it ends, too
+            os.close(nowhere)
+            stop.lose_output()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def prepare_outputs():
+    """Let no fault of standard output or standard error break a run."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would get its number, and output
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):  # a test or a notebook may have replaced it
+            # If an encoding lacks α or ±, a question mark replaces it.
+            stream.reconfigure(errors="replace")
+        setattr(sys, name, Output(stream))
 
 
 def silence():
@@ -109,8 +193,12 @@ def silence():
 # Signals
 
 
+# Of a user, a closed terminal, and of schedulers before time is up: SLURM's --signal, SGE, LSF.
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
 class Stop:
-    """Within `with stop:`, SIGTERM and SIGINT are noted, and `stop.check()` raises `Stopped`.
+    """Within `with stop:`, SIGNALS are noted, and `stop.check()` raises `Stopped`.
 
     A run thus ends between two iterations, not within one. A second signal ends it at once, but not
     under torchrun, which passes on what the processes may have received already.
@@ -118,12 +206,13 @@ class Stop:
 
     def __init__(self):
         self.signal = None
+        self.lost_output = None  # the signal of that, if the output was lost
         self.handlers = {}
 
     def __enter__(self):
-        self.signal = None
+        self.signal = self.lost_output
         self.handlers = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
             if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background jobs
                 self.handlers[number] = signal.signal(number, self.note)
 
@@ -139,6 +228,10 @@ class Stop:
         self.signal = number
         if not is_distributed():
             self.release()
+
+    def lose_output(self):
+        """Note that nobody reads what is printed."""
+        self.signal = self.lost_output = signal.SIGPIPE
 
     def end(self):
         """Let no signal of torchrun's disturb what this process does before it ends."""
@@ -235,28 +328,29 @@ def duration(seconds):
 # Threads
 
 
-def in_threads(iterators, workers, bar):
-    """Exhaust iterators, `workers` at a time, and count on a bar what they yield.
+def in_threads(iterators, each_alone, bar):
+    """Exhaust iterators, and count on a bar what they yield.
 
-    They share PyTorch's threads: if operations are small, a core for each iterator is faster than
-    splitting operations. They take turns, so that all end together. An exception in one of them is
-    raised here, and ends the others.
+    With `each_alone`, each has a thread of PyTorch's to itself, and as many as there are run at the
+    same time: if operations are small, that is faster than splitting operations. They take turns,
+    so that all end together. Otherwise, one runs after the other, with all threads. An exception in
+    one of them is raised here, and ends the others.
     """
     queue = deque(iterators)
     threads = torch.get_num_threads()
-    workers = min(workers, len(queue), threads)
     failed = threading.Event()
 
     def work():
-        torch.set_num_threads(threads // workers)
+        torch.set_num_threads(1)
         while queue and not failed.is_set():
             with suppress(IndexError):  # another worker took the last one
                 take_turn(queue, bar, failed)
 
-    if workers < 2:
+    if not each_alone or threads == 1:
         while queue:
             take_turn(queue, bar, failed)
         return
+    workers = min(len(queue), threads)
     try:
         with ThreadPoolExecutor(workers) as pool:
             try:
@@ -282,7 +376,7 @@ def take_turn(queue, bar, failed):
 
 
 # --------------------------------------------------------------------------------------------------
-# Device, memory, versions
+# Device, versions
 
 
 def check_device(name):
@@ -342,37 +436,6 @@ def keep_freed_memory():
         return
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(mmap_max, 0)
-
-
-def peak_memory(device):
-    """The peak memory of this process, in bytes: a GPU's on CUDA, else main memory.
-
-    None where the system does not say.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return read_memory("/proc/self/status", "VmHWM")
-
-
-def free_memory(device):
-    """The memory that is free for this process, in bytes. None if the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return read_memory("/proc/meminfo", "MemAvailable")
-
-
-def activation_memory(gigabytes, device):
-    """The bytes of --unroll_memory, by default an eighth of what is free."""
-    return (free_memory(device) or 0) / 8 if gigabytes is None else gigabytes * 1e9
-
-
-def read_memory(path, key):
-    """A memory figure from Linux, in bytes; None on other systems."""
-    try:
-        lines = Path(path).read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
-    except (OSError, StopIteration):
-        return None
 
 
 VERSION = "1.0"  # of this project

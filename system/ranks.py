@@ -4,14 +4,19 @@ torchrun's are connected by PyTorch's own collectives: NCCL on GPUs, else gloo.
 """
 
 import atexit
+import io
 import os
 import signal
+import socket
 import sys
+import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from system import resources
 from system.process import RankLost, ReportedError, Stopped, first_line, is_distributed, stop
 
 # To find each other: a process that ends before it, for a wrong flag, is not waited for any longer.
@@ -45,11 +50,11 @@ class Ranks:
         return tensors
 
     def gather(self, item):
-        """The `item` of every rank, a list in their order."""
+        """The `item` of every rank, a list in their order: what `pack` takes."""
         return [item]
 
     def from_first(self, item):
-        """Rank 0's `item`."""
+        """Rank 0's `item`: what `pack` takes."""
         return item
 
     def check(self):
@@ -73,8 +78,11 @@ class Torchrun(Ranks):
         if device.type == "cuda":
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
+            spare_shared_memory()
+        check_host(os.environ["MASTER_ADDR"])
         try:
-            dist.init_process_group(backend, timeout=START)
+            with quiet_stderr():
+                dist.init_process_group(backend, timeout=START)
         except (dist.DistError, RuntimeError) as error:
             raise ReportedError(
                 f"the processes do not find each other: {first_line(error)}"
@@ -91,19 +99,28 @@ class Torchrun(Ranks):
         return [mean.view(tensor.shape) for mean, tensor in zip(means, tensors)]
 
     def gather(self, item):
-        items = [None] * self.size
-        self.attempt(dist.all_gather_object, items, item, group=self.patient)
-        return items
+        packed = pack(item)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self.attempt(dist.all_gather, sizes, torch.tensor([len(packed)]), group=self.patient)
+        longest = int(max(sizes))  # all parts of a collective have one size
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        mine = torch.nn.functional.pad(packed, (0, longest - len(packed)))
+        self.attempt(dist.all_gather, parts, mine, group=self.patient)
+        return [unpack(part[:size]) for part, size in zip(parts, sizes)]
 
     def from_first(self, item):
-        items = [item]
-        self.attempt(dist.broadcast_object_list, items, group=self.patient)
-        return items[0]
+        packed = pack(item if self.is_first else None)
+        size = torch.tensor([len(packed)])
+        self.attempt(dist.broadcast, size, group=self.patient, src=0)
+        if not self.is_first:
+            packed = torch.zeros(int(size), dtype=torch.uint8)
+        self.attempt(dist.broadcast, packed, group=self.patient, src=0)
+        return unpack(packed)
 
-    def attempt(self, collective, *args, group):
+    def attempt(self, collective, *args, **options):
         """Call a collective of PyTorch. Raises RankLost if another rank has gone."""
         try:
-            collective(*args, group=group)
+            collective(*args, **options)
         except RuntimeError as error:
             is_lost = isinstance(error, dist.DistError) or "onnection" in str(error)
             if not is_lost or isinstance(error, torch.OutOfMemoryError):
@@ -120,6 +137,61 @@ class Torchrun(Ranks):
 
     def print(self, text):
         print(text, file=sys.__stdout__, flush=True)
+
+
+def check_host(name):
+    """Raise ReportedError if the machine of rank 0 has no address. PyTorch tries for a minute."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise ReportedError(
+            f"MASTER_ADDR={name} cannot be found ({first_line(error)}): name the machine of rank 0"
+        ) from None
+
+
+@contextmanager
+def quiet_stderr():
+    """Drop what C++ writes to standard error: fifty lines of stack, beside the error it raises."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+SHARED_MEMORY = 2**29  # bytes; NCCL takes tens of megabytes for each pair of processes
+
+
+def spare_shared_memory():
+    """Have NCCL do without /dev/shm where it is small: 64 MB in a container of Docker's defaults.
+
+    NCCL would fail in its first collective, with "unhandled system error".
+    """
+    if (resources.shared_memory() or 0) < SHARED_MEMORY and "NCCL_SHM_DISABLE" not in os.environ:
+        os.environ["NCCL_SHM_DISABLE"] = "1"
+        warnings.warn(
+            "/dev/shm is small: GPUs may exchange gradients more slowly (docker --shm-size)"
+        )
+
+
+def pack(item):
+    """Tensors, lists, dictionaries, text and numbers as bytes, a tensor.
+
+    PyTorch's own collectives for objects unpickle whatever comes in on their port, which can run
+    code. `unpack` cannot.
+    """
+    buffer = io.BytesIO()
+    torch.save(item, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed):
+    """What `pack` was given, with tensors on the CPU."""
+    buffer = io.BytesIO(packed.numpy().tobytes())
+    return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
 def local_device(name):

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 import urllib.error
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 
 from datasets import by_name, eurosat, pictures, toysat
 from datasets.eurosat import CLASS_NAMES, EUROSAT_CACHE, load_eurosat
+from datasets.pictures import data_digest
 from datasets.preprocessing import Form, split_dataset
 from system.process import ReportedError
 
@@ -121,6 +123,61 @@ def test_class_folders_in_lower_case_are_found(folder, digest):
         (folder / f"{name}_").rename(folder / name.lower())
     images = load_eurosat(folder)
     assert images.digest == digest and images.classes == CLASS_NAMES
+
+
+def test_class_folders_as_copies_write_them_are_found(folder, digest):
+    for name, copy in (("AnnualCrop", "Annual Crop"), ("Industrial", "Industrial_Buildings")):
+        (folder / name).rename(folder / copy)
+    assert load_eurosat(folder).digest == digest
+
+
+def test_an_empty_class_folder_does_not_hide_the_complete_data(folder, tmp_path, digest):
+    (tmp_path / "other" / "Forest").mkdir(parents=True)
+    folder.rename(tmp_path / "other" / "2750")
+    assert load_eurosat(tmp_path / "other").digest == digest
+
+
+def test_an_archive_may_be_named_itself(folder, tmp_path, digest):
+    archive = pack(folder, tmp_path / "other" / "eurosat_copy.zip", "2750")
+    data = load_data("EuroSAT", archive, False, 0.5, "cpu")
+    assert data.settings["digest"] == digest
+    assert {path.name for path in archive.parent.iterdir()} == {
+        "2750",
+        "eurosat_copy.zip",
+        "eurosat_cache.pt",
+    }
+
+
+def test_pictures_that_were_not_published_are_named_by_their_class(folder, monkeypatch):
+    published = load_eurosat(folder)
+    monkeypatch.setattr(eurosat, "EUROSAT_SIZE", len(published.images))
+    monkeypatch.setattr(eurosat, "EUROSAT_DIGEST", published.digest)
+    monkeypatch.setattr(eurosat, "CLASS_DIGESTS", dict(eurosat.class_digests(published)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_eurosat(folder)
+    (folder / "Forest").rename(folder / "x")
+    (folder / "River").rename(folder / "Forest")
+    (folder / "x").rename(folder / "River")
+    with pytest.warns(UserWarning, match="pictures of Forest, River are not those of EuroSAT"):
+        load_eurosat(folder)
+
+
+@pytest.mark.parametrize("change", ["reader", "shape", "pixels"])
+def test_a_cache_that_no_longer_fits_is_made_again(folder, digest, monkeypatch, change):
+    load_eurosat(folder)
+    cache = folder / eurosat.EUROSAT_CACHE
+    content = torch.load(cache, weights_only=True)
+    if change == "reader":
+        monkeypatch.setattr(pictures, "READER", pictures.READER + 1)
+    elif change == "shape":
+        content["images"] = content["images"][:, :, :32]
+    else:
+        content["images"][7, 1, 30] ^= 4  # with a checksum that fits
+    torch.save(content, cache)
+    again = load_eurosat(folder)
+    assert again.digest == digest and again.images.shape[2] == 64
+    assert data_digest(again.images, again.labels) == digest
 
 
 def test_an_archive_with_backslashes_and_lower_case_is_unpacked(folder, tmp_path, digest):
@@ -408,10 +465,13 @@ def test_splits_are_the_same_on_every_call_and_share_the_test_set():
     assert not torch.equal(first.test, in_order)
 
 
-@pytest.mark.parametrize("per_class, val_fraction", [(1, 0), (6, 0.1), (10, 0.96)])
-def test_too_small_classes_are_not_split(per_class, val_fraction):
-    sizes = torch.tensor([50] * 9 + [per_class])
-    message = f"SeaLake has only {per_class} images.*val_fraction={val_fraction}"
+@pytest.mark.parametrize(
+    "few, val_fraction, remedy",
+    [(1, 0, "folders away$"), (6, 0.1, "val_fraction=0.2$"), (10, 0.96, "val_fraction=0.1$")],
+)
+def test_all_classes_that_are_too_small_are_named_with_what_helps(few, val_fraction, remedy):
+    sizes = torch.tensor([few] + [50] * 8 + [few])
+    message = rf"too few images .*: AnnualCrop \({few}\), SeaLake \({few}\): add images.*{remedy}"
     with pytest.raises(ReportedError, match=message):
         split_dataset(torch.arange(10).repeat_interleave(sizes), val_fraction, CLASS_NAMES)
 

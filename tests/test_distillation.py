@@ -179,7 +179,7 @@ def test_a_run_ends_with_a_table_of_real_distilled_and_all_images(whole_run):
         "8 random real images         0.00001",
         f"the same, at the learned α   {learned}",
         f"8 distilled images           {learned}",
-        "all 56 training images",
+        "all 56 images (no momentum)",
     ):
         assert sum(line.startswith(start) and "%" in line for line in lines) == 1, start
     assert folder.name in lines[-1]
@@ -353,6 +353,15 @@ def test_images_start_from_different_real_training_images_of_their_class(whole_r
 
 
 @pytest.mark.parametrize("canvas_size, side", [(1, 8), (3, 24)])
+def test_noise_needs_no_real_images_of_a_class(start, specks_run, tmp_path):
+    """Only random real images to compare with are more than there are."""
+    flags = [*specks_run, "--pix_init=noise", "--ipc=15", "--Iteration=1"]
+    running = start("distillation.py", *flags, cwd=tmp_path)
+    assert running.wait() == 0, running.output()
+    assert "warning: a class has fewer than 15 real images to compare with" in running.output()
+    assert "random real" not in running.output() and "30 distilled images" in running.output()
+
+
 def test_images_start_from_noise_also_of_the_canvas_size(data, canvas_size, side):
     random = torch.Generator().manual_seed(0)
     images, labels = noise(data, Layout(5, canvas_size=canvas_size), random)

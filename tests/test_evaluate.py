@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ import distillation
 import evaluate_set
 import evaluation
 import utils
-from datasets import preprocessing
+from datasets import preprocessing, saved_sets
 from datasets.eurosat import CLASS_NAMES
 from datasets.preprocessing import Form, Layout
 from evaluation import (
@@ -182,19 +183,16 @@ def set_threads():
     torch.set_num_threads(before)
 
 
-def test_networks_trained_in_threads_end_as_those_trained_one_after_the_other(
-    evaluator, data, set_threads
-):
-    """But for the order of summation, which the number of threads decides."""
+def test_a_network_ends_the_same_bit_for_bit_on_any_number_of_threads(evaluator, data, set_threads):
+    images, labels = data.train
     scores = []
     for threads in (1, 2, 4):
         set_threads(threads)
-        images, labels = data.train
         scores.append(evaluator(images[:20], labels[:20], 0.01, (0, "key"))[MODEL])
         assert torch.get_num_threads() == threads
-    for others in scores[1:]:
-        assert others.test == pytest.approx(scores[0].test, abs=0.05)
-        assert others.val == pytest.approx(scores[0].val, abs=0.05)
+    assert scores[0] == scores[1] == scores[2]
+    single = replace(evaluator, num_eval=1)(images[:20], labels[:20], 0.01, (0, "key"))[MODEL]
+    assert single.test == scores[0].test[:1] and single.classes == scores[0].classes[:1]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -210,12 +208,12 @@ def test_iterators_in_threads_take_turns_and_what_one_raises_ends_all(set_thread
         if name == "faulty":
             raise ReportedError("at its end")
 
-    process.in_threads([count(k, 60) for k in range(3)], 2, bar)
+    process.in_threads([count(k, 60) for k in range(3)], True, bar)
     assert [order.count(k) for k in range(3)] == [60] * 3
     if threads == 1:
         assert order == [k for _ in range(3) for k in range(3) for _ in range(20)]
     with pytest.raises(ReportedError, match="at its end"):
-        process.in_threads([count("endless", 10**9), count("faulty", 25)], 2, bar)
+        process.in_threads([count("endless", 10**9), count("faulty", 25)], True, bar)
     assert torch.get_num_threads() == threads
 
 
@@ -523,6 +521,74 @@ def test_the_projects_own_export_scores_as_the_set_that_it_was_made_of(
         assert theirs["scores"] == ours["scores"] and theirs["syn_lr"] == ours["syn_lr"]
 
 
+def test_an_exported_set_is_evaluated_as_its_record_says(run_here, saved, tmp_path):
+    out = tmp_path / "exported"
+    done = run_here(SCRIPT, f"--evaluate={saved}", f"--export={out}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    data_path = json.loads((saved / "run.json").read_text())["flags"]["data_path"]
+    again = [f"--evaluate={out}", f"--data_path={data_path}"]
+    done = run_here(SCRIPT, *again, cwd=tmp_path)
+    assert done.returncode == 0 and "networks: 2, epochs: 20" in done.stdout, done.stderr
+    done = run_here(SCRIPT, *again, "--zca", cwd=tmp_path)
+    assert done.returncode == 2 and "zca=False (here True)" in done.stderr
+
+
+def test_a_set_without_a_record_is_doubted(flags, evaluate, tmp_path):
+    torch.save({"image_tensor": IMAGES, "hard_labels": LABELS}, tmp_path / "dd_ranking.pt")
+    with pytest.warns(UserWarning, match="has no record of its settings. If it was not made for"):
+        evaluate(*flags, f"--evaluate={tmp_path}", "--lr_teacher=0.01")
+
+
+def test_a_foreign_record_names_no_folder_that_is_written_to(run_here, saved, tmp_path):
+    foreign = shutil.copytree(saved, tmp_path / "foreign")
+    elsewhere = shutil.copytree(saved_data(saved), tmp_path / "elsewhere")
+    for cache in elsewhere.glob("*_cache.pt"):
+        cache.unlink()
+    record = json.loads((foreign / "run.json").read_text())
+    record["flags"]["data_path"] = str(elsewhere)
+    (foreign / "run.json").write_text(json.dumps(record))
+    before = sorted(elsewhere.rglob("*"))
+    done = run_here(SCRIPT, f"--evaluate={foreign}", cwd=tmp_path)
+    assert done.returncode == 2 and "--data_path=data" in done.stderr
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+def saved_data(saved):
+    return json.loads((saved / "run.json").read_text())["flags"]["data_path"]
+
+
+SOFT = torch.nn.functional.one_hot(torch.arange(10).repeat(2), 10) * 0.9 + 0.01
+
+
+def test_a_set_keeps_its_own_classes_beside_soft_labels(tmp_path):
+    hard = torch.arange(10).repeat(2)
+    content = {"image_tensor": IMAGES.repeat(2, 1, 1, 1), "hard_labels": hard, "soft_labels": SOFT}
+    torch.save(content, tmp_path / "dd_ranking.pt")
+    loaded = saved_sets.load_set(tmp_path, Form(10, 16), 1, "--evaluate")
+    assert torch.equal(loaded.classes, hard) and torch.equal(loaded.labels, SOFT)
+    # In another order, and without classes, the likeliest are taken.
+    del content["hard_labels"]
+    torch.save(content, tmp_path / "dd_ranking.pt")
+    assert torch.equal(saved_sets.load_set(tmp_path, Form(10, 16), 1, "--evaluate").classes, hard)
+
+
+def test_labels_that_are_logits_are_taken_as_such(tmp_path):
+    torch.save(IMAGES.repeat(2, 1, 1, 1), tmp_path / "images_best.pt")
+    torch.save(SOFT.log() + 3, tmp_path / "labels_best.pt")
+    with pytest.warns(UserWarning, match="are no probabilities: taken as logits"):
+        loaded = saved_sets.load_set(tmp_path, Form(10, 16), 1, "--evaluate")
+    torch.testing.assert_close(loaded.labels, SOFT)
+
+
+def test_changed_bytes_of_a_set_are_noticed(refuse, flags, tmp_path):
+    torch.save(IMAGES, tmp_path / "images_best.pt")
+    content = bytearray((tmp_path / "images_best.pt").read_bytes())
+    content[len(content) // 2] ^= 0x40
+    (tmp_path / "images_best.pt").write_bytes(content)
+    torch.save(LABELS, tmp_path / "labels_best.pt")
+    refuse("images_best.pt is damaged", *flags, f"--evaluate={tmp_path}", "--lr_teacher=1")
+
+
 def test_sets_of_other_tools_are_read(evaluate, refuse, flags, tmp_path):
     """DC's and DM's file with numpy's accuracies, DATM's name of α, other types of numbers."""
     pairs = [[torch.zeros(10, 3, 16, 16), LABELS], [IMAGES, LABELS]]
@@ -560,8 +626,9 @@ def test_sets_of_other_tools_are_read(evaluate, refuse, flags, tmp_path):
 
 def test_an_export_does_not_overwrite_another(refuse, saved, tmp_path):
     out = tmp_path / "exported"
-    (out / "images").mkdir(parents=True)
-    refuse("there are images already", f"--evaluate={saved}", f"--export={out}")
+    out.mkdir()
+    (out / "dd_ranking.pt").write_text("somebody's")
+    refuse("dd_ranking.pt is there already", f"--evaluate={saved}", f"--export={out}")
 
 
 IMAGES, LABELS = torch.zeros(10, 3, 16, 16), torch.arange(10)
@@ -578,7 +645,7 @@ IMAGES, LABELS = torch.zeros(10, 3, 16, 16), torch.arange(10)
         (IMAGES, torch.arange(9)),
         (IMAGES, LABELS + 1),
         (IMAGES, LABELS + 0.5),
-        (IMAGES, torch.ones(10, 10)),  # logits
+        (IMAGES, torch.full((10, 10), torch.nan)),
         (IMAGES.to_sparse(), LABELS),
     ],
 )

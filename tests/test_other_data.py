@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from conftest import load_data
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from datasets import folders
 from datasets import pictures as picture_files
@@ -75,7 +75,7 @@ def test_both_scripts_run_on_a_folder_of_pictures(run_here, pictures, tmp_path):
     flags = ["--dataset=ImageFolder", f"--data_path={pictures}", "--im_size=16"]
     folder, out = run_both(run_here, tmp_path, *flags)
     assert "30 training, 3 validation, 3 test images of 3 classes" in out
-    assert "all 30 training images" in out
+    assert "all 30 images (no momentum)" in out
     images = torch.load(folder / "images_best.pt", weights_only=True)
     labels = torch.load(folder / "labels_best.pt", weights_only=True)
     assert images.shape == (3, 3, 16, 16) and labels.tolist() == [0, 1, 2]
@@ -206,6 +206,73 @@ def test_pictures_are_turned_as_exif_says(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# Every real file counts once
+
+
+def link_to_itself(folder):
+    (folder / "pictures").symlink_to(folder)
+
+
+def link_of_a_class(folder):
+    (folder / "woods").symlink_to(folder / "forest")
+
+
+def link_within_a_class(folder):
+    (folder / "town" / "all").symlink_to(folder)
+
+
+def links_of_pictures(folder):
+    for path in (folder / "town").iterdir():
+        (folder / "forest" / f"town_{path.name}").symlink_to(path)
+
+
+def hard_links(folder):
+    (folder / "zoo").mkdir()
+    for path in (folder / "town").iterdir():
+        (folder / "zoo" / path.name).hardlink_to(path)
+
+
+LINKS = [link_to_itself, link_of_a_class, link_within_a_class, links_of_pictures, hard_links]
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_every_real_file_counts_once(pictures, link):
+    digest = folders.load_image_folder(pictures, 16).digest
+    link(pictures)
+    with pytest.warns(UserWarning, match="links below .* are left out, as what they lead to"):
+        again = folders.load_image_folder(pictures, 16)
+    assert again.classes == CLASSES and again.digest == digest
+
+
+def test_pictures_that_are_only_linked_count(pictures, tmp_path):
+    whole = folders.load_image_folder(pictures, 16)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "town").symlink_to(pictures / "town")
+    for name in ("beach", "forest"):
+        (linked / name).mkdir()
+        for path in (pictures / name).iterdir():
+            (linked / name / path.name).symlink_to(path)
+    assert folders.load_image_folder(linked, 16).digest == whole.digest
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "lost+found", "__MACOSX", "$RECYCLE.BIN", "#recycle"])
+def test_folders_of_systems_are_left_out_and_named(pictures, name):
+    digest = folders.load_image_folder(pictures, 16).digest
+    for place in (pictures / name, pictures / "town" / name):
+        place.mkdir()
+        shutil.copy(pictures / "town" / "1.png", place)
+    with pytest.warns(UserWarning, match="2 folders of the system below .* are left out: "):
+        again = folders.load_image_folder(pictures, 16)
+    assert again.classes == CLASSES and again.digest == digest
+
+
+def test_a_class_of_trains_is_a_class(pictures):
+    (pictures / "town").rename(pictures / "train")
+    assert folders.load_image_folder(pictures, 16).classes == ("beach", "forest", "train")
+
+
+# --------------------------------------------------------------------------------------------------
 # Folders that cannot be used
 
 
@@ -286,6 +353,39 @@ def parts_by_other_names(folder):
     shutil.rmtree(folder / "town")
 
 
+def parts_beside_classes(folder):
+    (folder / "town").rename(folder / "Test")
+
+
+def parts_and_more(folder):
+    shutil.copytree(folder, folder / "Train", ignore=lambda *_: ["Train"])
+    for name, part in zip(CLASSES, ("Test", "Meta")):
+        (folder / name).rename(folder / part)
+    shutil.rmtree(folder / CLASSES[2])
+
+
+def one_level_too_high(folder):
+    for name in CLASSES:
+        for place in ("near", "far"):
+            shutil.copytree(folder / name, folder / place / name)
+        shutil.rmtree(folder / name)
+
+
+def signed(folder):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[339] = 2  # sample format: signed integers
+    pixels = Image.fromarray(np.full((20, 20), 200, np.uint8))
+    pixels.save(folder / "town" / "0.tif", tiffinfo=tags)
+
+
+def sixteen_bits_as_ppm(folder):
+    (folder / "town" / "0.ppm").write_bytes(b"P6 20 20 3000 " + REFLECTANCE.astype(">u2").tobytes())
+
+
+def another_format(folder):
+    picture(0, 20, 20).save(folder / "town" / "0.png", format="sgi")
+
+
 def too_few(folder):
     for path in list((folder / "town").iterdir())[2:]:
         path.unlink()
@@ -294,7 +394,7 @@ def too_few(folder):
 FAULTS = [
     (shutil.rmtree, "pictures cannot be read .*No such file"),
     (only_one_class, r"holds 1 class folders \(beach\): name the folder in which every class has"),
-    (an_empty_class, "no valid file for the classes desert"),
+    (an_empty_class, "desert holds no pictures .* add some, or move the folder away"),
     (other_classes_to_test, "val do not have the 2 class folders of train"),
     (sixteen_bits, r"town/0\.png has more than 8 bits per channel: scale its values to 8 bits"),
     (sixteen_bits_in_colour, r"town/0\.png has 16 bits per channel: scale its values to 8 bits"),
@@ -303,7 +403,13 @@ FAULTS = [
     (damaged, r"town/0\.png cannot be decoded"),
     (too_large, r"town/0\.png is 10000x9000 pixels, more than is safe"),
     (parts_by_other_names, "holds Train, valid, which are no classes: call them train and test"),
-    (too_few, "class town has only 2 images, too few.* add some, or change --val_fraction"),
+    (parts_beside_classes, "holds Test, which are parts of a data set, beside beach, forest"),
+    (parts_and_more, "holds Train, Test, which are parts .* beside Meta: .*, such as .*Train$"),
+    (one_level_too_high, "the pictures of far, near lie deeper, in beach, .* such as .*far$"),
+    (signed, r"town/0\.tif has signed values per channel: scale its values to 8 bits"),
+    (sixteen_bits_as_ppm, r"town/0\.ppm has 16 bits per channel"),
+    (another_format, r"town/0\.png is a SGI, whatever its name says: convert it to PNG"),
+    (too_few, r"too few images to split .*: town \(2\): add images, or move their folders away"),
 ]
 
 

@@ -101,7 +101,7 @@ def test_without_running_means_the_latest_is_evaluated():
 
 def test_a_checkpoint_of_before_is_not_called_damaged(tmp_path):
     torch.save({"images": torch.zeros(1), "syn_lr": torch.ones(())}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ReportedError, match=r"before version 1\.0.*--pix_init"):
+    with pytest.raises(ReportedError, match=r"of this version .*--pix_init"):
         some_state().load(tmp_path / "checkpoint.pt")
 
 

@@ -85,13 +85,23 @@ def test_accuracy_is_the_same_in_batches_of_any_size(linear, batch_size):
         shapes.add(tuple(x.shape))
         return network(x)
 
-    total, of_classes = utils.accuracy(network, forward, images, labels, batch_size)
+    total, of_classes, is_finite = utils.accuracy(network, forward, images, labels, batch_size)
+    assert is_finite
     hits = network(images).argmax(1) == labels
     assert total == pytest.approx(hits.float().mean().item())
     for label, value in enumerate(of_classes):
         assert value == pytest.approx(hits[labels == label].float().mean().item())
     assert shapes == {(batch_size, 3, 4, 4)}  # one shape, so one compiled graph
     assert network.training
+
+
+def test_a_network_that_diverged_counts_as_guessing(linear):
+    network, *test = linear
+    test = [*test, 20]  # the batch size
+    guessing = utils.Accuracy(1 / 10, [1 / 10] * 10, is_finite=False)
+    for value in (torch.nan, torch.inf):
+        bad = torch.tensor([value] + [0.0] * 9)
+        assert utils.accuracy(network, lambda x, b=bad: b.repeat(len(x), 1), *test) == guessing
 
 
 def test_the_time_left_follows_the_pace_since_the_first_call(monkeypatch):

@@ -42,7 +42,7 @@ from datasets.preprocessing import Data, Form
 from evaluation import Evaluator
 from objectives.trajectory import matching_loss
 from reparam_module import UNROLLS, ReparamModule
-from system import files, process
+from system import files, process, resources
 from system.compilation import Compiler
 from system.machine import Machine
 from system.ranks import ALONE
@@ -153,7 +153,7 @@ def measure_iteration(
     inputs = make_inputs(model, ipc, device)
     of_engine, count = inputs.of_engine(), len(inputs.images)
     student = make_student(model, precision, device)
-    memory = process.activation_memory(memory, device)
+    memory = resources.activation_memory(memory, device)
     engine = UNROLLS[unroll](student, inputs.make_batch, Compiler(compile).function, memory)
     random = utils.make_generator("draws")
 
@@ -168,7 +168,7 @@ def measure_iteration(
         if turns:
             take_turn()
         seconds += seconds_of(iterate, device, 1)
-    return iteration_row(seconds, process.peak_memory(device))
+    return iteration_row(seconds, resources.peak_memory(device))
 
 
 def take_turn():
@@ -222,7 +222,7 @@ def measure_counts(device, model, ipc, precision):
     for name, (unroll, memory) in ENGINES.items():
         of_engine = inputs.of_engine()
         student = make_student(model, precision, device)
-        engine = UNROLLS[unroll](student, memory=process.activation_memory(memory, device))
+        engine = UNROLLS[unroll](student, memory=resources.activation_memory(memory, device))
         with Products() as products:
             _, _, (images,), _ = of_engine
             engine(*of_engine, [(images, inputs.labels)])
@@ -430,7 +430,7 @@ def measure_iterations(args, table, common, precisions):
         mtt, row = measure_beside_mtt(args, steps, **common, **options, compile=args.compile)
         table.add("MTT", "float32", steps, mtt)
         beside["adjoint", "float32", steps] = row
-    available = process.free_memory(torch.device(args.device))
+    available = resources.free_memory(torch.device(args.device))
     for precision in precisions:
         for name, (unroll, memory) in ENGINES.items():
             peaks = []
