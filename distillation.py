@@ -29,7 +29,7 @@ from datasets import by_name, saved_sets
 from datasets.preprocessing import Data, Layout, check_factor
 from evaluation import Evaluator, evaluate_real
 from objectives import OBJECTIVES
-from objectives.segments import batch_syn_of, check_shares
+from objectives.segments import batch_syn_of
 from reparam_module import ReparamModule
 from run import report, wandb_page
 from run.folder import default_name, open_run, run_flags, run_settings, saved_if_stopped
@@ -108,7 +108,7 @@ def load_inputs(args):
     place = machine.set_up(args.device, args.compile, args.amp)
     form = by_name.form_of(args.dataset, args.data_path, args.im_size)
     check_factor(args.factor, form)
-    check_shares(args, form, place.ranks.size)
+    OBJECTIVES[args.objective].check_ranks(args, form, place.ranks.size)
     batch_syn_of(args, form)
     student = evaluation.make_student(args.model, form, place.amp, place.device)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
@@ -165,7 +165,28 @@ def initial_state(args, inputs):
     layout = Layout(args.ipc, args.factor, args.canvas_size if args.texture else 1)
     random = utils.make_generator("distillation", args.seed)
     images, labels, source = saved_sets.initial_set(args.pix_init, layout, inputs.data, random)
+    logits = initial_logits(args, inputs, images, labels)
+    objective = OBJECTIVES[args.objective]
+    rules = Rules(
+        optimizer_img=args.optimizer_img,
+        lr_img=args.lr_img,
+        optimizer_lr=args.optimizer_lr,
+        lr_lr=args.lr_lr if objective.learns_alpha else None,
+        labels=args.labels,
+        lr_labels=args.lr_labels,
+        ema=args.ema,
+        clip=objective.clips,
+        halvings=objective.halvings,
+    )
+    classes = saved_sets.classes_of(labels)
+    return State(Start(images, classes, logits, args.lr_teacher, source), rules, inputs.data.device)
+
+
+def initial_logits(args, inputs, images, labels):
+    """The tensor from which labels are read (n, classes), at the start; None: they are classes."""
     kind = LABELS[args.labels]
+    if kind.centred:
+        return saved_sets.initial_targets(args.pix_init, labels, inputs.data.form)
     logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
     if logits is not None and not kind.soft:
         raise ReportedError(
@@ -175,17 +196,7 @@ def initial_state(args, inputs):
     if kind.soft and (logits is None or args.label_epoch):
         tiles = utils.decode(images.to(inputs.data.device), args.factor)
         logits = inputs.experts.logits(inputs.student, tiles, args.label_epoch)
-    rules = Rules(
-        optimizer_img=args.optimizer_img,
-        lr_img=args.lr_img,
-        optimizer_lr=args.optimizer_lr,
-        lr_lr=args.lr_lr,
-        lr_labels=args.lr_labels if kind.learned else None,
-        ema=args.ema,
-        clip=OBJECTIVES[args.objective].clips,
-    )
-    classes = saved_sets.classes_of(labels)
-    return State(Start(images, classes, logits, args.lr_teacher, source), rules, inputs.data.device)
+    return logits
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,7 +369,8 @@ def main():
                 # Evaluate before the update, as MTT does: at iteration 0, the initial images.
                 due = it % args.eval_it == 0 or it == args.Iteration
                 if due and not state.evaluations.has(it, evaluator.pool.keys()):  # as after a kill
-                    scores = evaluator(state.images, state.labels, state.alpha, (args.seed, it))
+                    key = args.seed, it
+                    scores = evaluator(state.images, state.labels, state.alpha, key, state.targets)
                     state.add_evaluation(scores, evaluator.epochs)
                     if ranks.is_first:
                         log |= show_evaluation(args, run, state, data)

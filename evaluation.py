@@ -13,6 +13,7 @@ from torch.nn.utils import parameters_to_vector
 
 import utils
 from datasets.preprocessing import Data, random_real
+from kernels import KERNELS, ROWS, centred_targets, fit
 from reparam_module import ReparamModule
 from system import process
 from system.compilation import Compiler
@@ -23,12 +24,13 @@ from utils import Augment
 # --------------------------------------------------------------------------------------------------
 # The evaluator
 
-EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` standing for --model
+EVAL_POOLS = {  # --eval_mode: the networks or KERNELS for evaluation, `model` standing for --model
     "S": ("model",),
     "A": ("ConvNet", "MLP", "ResNet18"),
     "R": ("model", "ResNet18"),
     "M": ("model", "MLP"),
     "C": ("model", "ConvNet"),
+    "K": ("model", "NTK"),
     "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
     "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
     "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
@@ -39,13 +41,20 @@ EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` stan
 def make_pool(mode, model, form, machine):
     """The networks of --eval_mode, by name, each with the step that trains several at once.
 
+    Kernel machines are trained in closed form, and have none.
+
     Raises ReportedError if one of them does not accept images of this `preprocessing.Form`.
     """
     names = dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode])
     try:
-        return {name: make_sgd_step(name, form, machine) for name in names}
+        return {
+            name: None if name in KERNELS else make_sgd_step(name, form, machine) for name in names
+        }
     except ReportedError as error:
         raise ReportedError(f"--eval_mode={mode}: {error}") from None
+
+
+MOST_IMAGES = 10_000  # that a kernel machine is trained on: its kernel takes 0.8 GB in float64
 
 
 class Tested(NamedTuple):
@@ -72,7 +81,7 @@ class Evaluator:
     ranks: Ranks = ALONE  # which share out the networks
     line_due: Interval = field(default_factory=partial(Interval, 60))
 
-    def __call__(self, images, labels, syn_lr, key):
+    def __call__(self, images, labels, syn_lr, key, targets=None):
         """Scores by the network's name.
 
         images  (N, 3, H, H), or (num_eval, N, 3, H, H), a set for each network
@@ -80,10 +89,46 @@ class Evaluator:
                 tiles; with a set for each network, (num_eval, ...)
         syn_lr  α, the learning rate to train with
         key     seeds all that is random: initial weights, order of the images, augmentation
+        targets  real-valued labels (n, classes) for kernel machines; None: they take `labels`
         """
-        if images.dim() == 4:
-            images, labels = (part.expand(self.num_eval, *part.shape) for part in (images, labels))
-        return {name: self.evaluate(name, images, labels, syn_lr, key) for name in self.pool}
+        if targets is None:
+            targets = centred_targets(labels, self.data.form.num_classes)
+        scores = {}
+        for name in self.pool:
+            if name in KERNELS:
+                scores[name] = self.evaluate_kernel(name, images, targets)
+            else:
+                sets = [images, labels]
+                if images.dim() == 4:
+                    sets = [part.expand(self.num_eval, *part.shape) for part in sets]
+                scores[name] = self.evaluate(name, *sets, syn_lr, key)
+        return scores
+
+    def evaluate_kernel(self, name, images, targets):
+        """`Scores` of a kernel machine, which is trained in closed form: one, or one of each set.
+
+        Nothing about it is random, so every rank computes the same.
+        """
+        sets = [(images, targets)] if images.dim() == 4 else zip(images, targets)
+        tested = [self.test_kernel(KERNELS[name], *each) for each in sets]
+        return scores_of(tested)
+
+    def test_kernel(self, kernel, images, targets):
+        """Train a kernel machine on images (N, C, H, H) and targets, and test it: `Tested`."""
+        x = utils.decode(images, self.augment.factor).flatten(1)
+        if len(x) > MOST_IMAGES:
+            raise ReportedError(
+                f"a kernel machine of {len(x)} images is too large, as it takes the products of "
+                f"all pairs: give at most {MOST_IMAGES}, or another --eval_mode"
+            )
+        coefficients = fit(kernel, x, targets)
+        reached = []
+        for real, labels in (self.data.val, self.data.test):
+            parts = [kernel(part.flatten(1), x) @ coefficients for part in real.split(ROWS)]
+            predicted = torch.cat(parts).argmax(1) if parts else labels
+            reached.append(utils.share_of_hits(predicted, labels))
+        val = reached[0][0] if len(self.data.val[1]) else None
+        return Tested(val, *reached[1], coefficients.isfinite().all().item())
 
     def evaluate(self, name, images, labels, syn_lr, key):
         """`Scores` of the networks called `name`, of all ranks."""
@@ -95,11 +140,7 @@ class Evaluator:
         of_ranks = self.ranks.gather(tested)
         tested = [of_ranks[n % len(of_ranks)][n // len(of_ranks)] for n in range(self.num_eval)]
         warn_of_diverged(name, [each.is_finite for each in tested], syn_lr)
-        return Scores(
-            [each.val for each in tested if each.val is not None],
-            [each.test for each in tested],
-            [each.classes for each in tested],
-        )
+        return scores_of(tested)
 
     def evaluate_some(self, name, images, labels, syn_lr, keys):
         """Train and test a network for each of `keys`, which seed all that is random about it.
@@ -336,6 +377,15 @@ class Scores:
         Using the test set is MTT's rule.
         """
         return np.mean(self.val or self.test)
+
+
+def scores_of(tested):
+    """The `Scores` of several networks, each `Tested`."""
+    return Scores(
+        [each.val for each in tested if each.val is not None],
+        [each.test for each in tested],
+        [each.classes for each in tested],
+    )
 
 
 def mean_selection_accuracy(scores):

@@ -382,6 +382,11 @@ def accuracy(network, forward, images, labels, batch_size):
         padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))  # one shape, so one compiled graph
         predicted.append(forward(padded)[: len(x)].argmax(1))
     network.train()
-    hits = (torch.cat(predicted) == labels).double()
+    return share_of_hits(torch.cat(predicted), labels)
+
+
+def share_of_hits(predicted, labels):
+    """The fraction of labels (N,) that were predicted, and the same per class, a list."""
+    hits = (predicted == labels).double()
     of_classes = labels.bincount(weights=hits) / labels.bincount()
     return hits.mean().item(), of_classes.tolist()
