@@ -104,7 +104,7 @@ class Pairs:
         group, drawn = utils.draw_group(self.augment.groups, 1, self.augment.side, random)
         batches = []
         for indices in parts:
-            parameters = tuple(p.expand(len(indices), *p.shape[1:]) for p in drawn)
+            parameters = tuple(p.repeat_interleave(len(indices), dim=0) for p in drawn)
             batches.append(Batch(indices, (), group, parameters))
         return batches
 
