@@ -5,9 +5,9 @@
         --buffer_path=BUF --data_path=DATA
 
 needs the experts of `expert_trajectories.py` with the same --dataset, --model and --zca. With
---objective=loss and hard labels it needs none. Every --eval_it iterations it trains fresh networks
-on the synthetic images and tests them on real ones. It logs to Weights & Biases and writes to
-logged_files/DATASET/RUN: images, labels and step size as tensors, pictures, an animation, and
+another --objective and hard labels it needs none. Every --eval_it iterations it trains fresh
+networks on the synthetic images and tests them on real ones. It logs to Weights & Biases and writes
+to logged_files/DATASET/RUN: images, labels and step size as tensors, pictures, an animation, and
 results.json.
 
 On an NVIDIA H200, 5000 iterations of ConvNetW32, evaluated six times, take 8 minutes beside seven
@@ -316,6 +316,8 @@ def print_opening(run, state, experts, dashboard):
     count, it = len(state.images), len(state.losses)
     print(f"synthetic images: {count}, experts: {len(experts.members)}; results in {run.folder}")
     print(dashboard.where_to_look())
+    if "alpha" not in state.learned:
+        print(f"α is not learned: evaluation trains with --lr_teacher={state.alpha:g}")
     if state.seconds_before:
         print(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
     print(report.EVALUATION_HEADER, flush=True)

@@ -41,6 +41,28 @@ def loops_of(ipc):
     return LOOPS[max(known for known in LOOPS if known <= ipc)]
 
 
+# Real images at once on a CPU. In parts of 16, which stay in its caches, features of 256 take two
+# thirds of the time, and gradients three quarters. By `vmap` over classes, gradients take 2.5 times
+# as long as class by class.
+CPU_PART = 16
+
+
+def in_parts(function, theta, images, *labels):
+    """Yield each part's share of images (B, C, H, W), and the results of a function of the part.
+
+    The function takes θ, images and, if given, labels.
+    """
+    size = CPU_PART if images.device.type == "cpu" else len(images)
+    for part in zip(*(tensor.split(size) for tensor in (images, *labels))):
+        yield len(part[0]) / len(images), function(theta, *part)
+
+
+def mean_over_parts(function, theta, images, *labels):
+    """The mean over images of a function that computes means, a tuple of one tensor."""
+    parts = in_parts(function, theta, images, *labels)
+    return sum(share * mean for share, (mean,) in parts)
+
+
 class Draw(NamedTuple):
     """All that is random about a class in a match; both have the same augmentation."""
 

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from objectives.classwise import NO_TRAINING, loops_of, make_classwise
+from objectives.classwise import NO_TRAINING, in_parts, loops_of, make_classwise, mean_over_parts
 from reparam_module import ReparamModule
 
 EARLY_WEIGHT, LATE_WEIGHT = 0.1, 1.0  # w_l
@@ -70,24 +70,33 @@ def last_size(network):
     return last.in_features
 
 
-def class_means(student):
-    """Mean features (classes, D) as a compilable function of θ and images (classes, B, C, H, W)."""
+def mean_features(student):
+    """Mean features (D,) as a compilable function of θ and images (B, C, H, W)."""
 
-    def mean_features(theta, x):
-        features = student(x.flatten(0, 1), theta)
-        return (features.unflatten(0, x.shape[:2]).mean(1),)
+    def real_means(theta, x):
+        return (student(x, theta).mean(0),)
 
-    return mean_features
+    return real_means
 
 
-def means_and_last(student, size):
-    """The same for the images of a class (B, C, H, W): means (D,), and φ of each (B, size)."""
+def mean_and_last(student, size):
+    """The same, and φ of each image (B, size), which is the last of a student's features."""
 
     def real_features(theta, x):
         features = student(x, theta)
         return features.mean(0), features[:, -size:].contiguous()
 
     return real_features
+
+
+def class_means(student):
+    """Mean features (classes, D) as a compilable function of θ and images (classes, n, C, H, W)."""
+
+    def syn_means(theta, x):
+        features = student(x.flatten(0, 1), theta)
+        return (features.unflatten(0, x.shape[:2]).mean(1),)
+
+    return syn_means
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,15 +107,16 @@ def means_and_last(student, size):
 class MatchDistributions:
     """L of DM and its gradient with respect to the synthetic images."""
 
-    real_means: Callable  # `class_means` of φ, compiled
-    syn_means: Callable  # the same; another function, as it is differentiated
+    real_means: Callable  # `mean_features` of φ, compiled
+    syn_means: Callable  # `class_means` of φ, compiled
 
     def __call__(self, theta, views, own):
         with torch.no_grad():
-            real = [self.real_means(theta, views.real(label)[0][None])[0] for label in own]
+            images = (views.real(label)[0] for label in own)
+            real = [mean_over_parts(self.real_means, theta, x) for x in images]
         images = torch.stack([views.syn(label)[0] for label in own])  # (classes, n, C, H, W)
         (syn,) = self.syn_means(theta, images)
-        loss = (torch.cat(real) - syn).square().sum()
+        loss = (torch.stack(real) - syn).square().sum()
         return loss.detach(), *torch.autograd.grad(loss, views.image_syn)
 
 
@@ -117,40 +127,50 @@ class AlignFeatures:
     A rank has the summands of its own classes, in which the centres of all classes stand.
     """
 
-    real_features: Callable  # `means_and_last` of all features, compiled
-    syn_means: Callable  # `class_means` of them, compiled
+    real_features: Callable  # `mean_and_last` of all features, compiled
+    syn_means: Callable  # `class_means` of all features, compiled
     size: int  # of φ
 
     def __call__(self, theta, views, own):
         images = torch.stack([views.syn(label)[0] for label in views.labels])
         (means,) = self.syn_means(theta, images)  # (classes, D)
         centres = means[:, -self.size :]
-        loss = theta.new_zeros(())
+        loss = 0
         for label in own:
             x, y = views.real(label)
-            with torch.no_grad():
-                real, features = self.real_features(theta, x)
-            inner = features @ centres.T  # (B, classes)
+            real, last = self.of_real(theta, x)
             loss = loss + (real - means[label]).square().sum()
+            inner = last @ centres.T  # (B, classes)
             loss = loss + DISCRIMINATION * F.cross_entropy(inner, y, reduction="sum")
         return loss.detach(), *torch.autograd.grad(loss, views.image_syn)
+
+    @torch.no_grad()
+    def of_real(self, theta, x):
+        """Mean features (D,) of real images (B, C, H, W), and φ of each (B, size)."""
+        mean, last = 0, []
+        for share, (of_part, features) in in_parts(self.real_features, theta, x):
+            mean = mean + share * of_part
+            last.append(features)
+        return mean, torch.cat(last)
+
+
+# --------------------------------------------------------------------------------------------------
+# The flags, as these objectives take them
 
 
 def make_distributions(args, inputs, state):
     """The iteration of --objective=dm."""
     compile = inputs.machine.compiler.function
-    means = class_means(ReparamModule(LastFeatures(inputs.student.network), inputs.student.amp))
-    goal = MatchDistributions(compile(means), compile(means))
+    student = ReparamModule(LastFeatures(inputs.student.network), inputs.student.amp)
+    goal = MatchDistributions(compile(mean_features(student)), compile(class_means(student)))
     return make_classwise(args, inputs, state, goal, NO_TRAINING)
 
 
 def make_features(args, inputs, state):
     """The iteration of --objective=cafe."""
-    compile = inputs.machine.compiler.function
-    network = inputs.student.network
+    compile, network = inputs.machine.compiler.function, inputs.student.network
     student = ReparamModule(AllFeatures(network), inputs.student.amp)
     size = last_size(network)
-    goal = AlignFeatures(
-        compile(means_and_last(student, size)), compile(class_means(student)), size
-    )
+    real_features = compile(mean_and_last(student, size))
+    goal = AlignFeatures(real_features, compile(class_means(student)), size)
     return make_classwise(args, inputs, state, goal, loops_of(args.ipc))

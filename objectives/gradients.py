@@ -21,7 +21,7 @@ import torch
 from torch.func import grad
 from torch.nn import functional as F
 
-from objectives.classwise import loops_of, make_classwise
+from objectives.classwise import loops_of, make_classwise, mean_over_parts
 
 EPSILON = 1e-6
 
@@ -92,7 +92,7 @@ class MatchGradients:
         loss, gradient = theta.new_zeros(()), torch.zeros_like(views.image_syn)
         for label in own:
             with torch.no_grad():
-                (target,) = self.real_gradient(theta, *views.real(label))
+                target = mean_over_parts(self.real_gradient, theta, *views.real(label))
             (distance,) = self.distance(theta, *views.syn(label), target)
             gradient += torch.autograd.grad(distance, views.image_syn)[0]
             loss += distance.detach()

@@ -239,7 +239,8 @@ class State:
         self.losses.append(loss)
         if len(self.losses) in self.rules.halvings:
             self.optimizers["images"].param_groups[0]["lr"] /= 2
-        return first_fault(loss, self.current_alpha, dict(zip(checked, values)))
+        alpha = self.current_alpha if "alpha" in self.learned else None
+        return first_fault(loss, alpha, dict(zip(checked, values)))
 
     def step_sizes(self):
         """α as it is learned and as it is evaluated, scalars; none if it is not learned."""
@@ -356,15 +357,21 @@ def on_cpu(tensors):
 
 
 def first_fault(loss, alpha, finite):
-    """Say what went wrong in an iteration, and what may help; None: nothing."""
+    """Say what went wrong in an iteration, and what may help; None: nothing.
+
+    `alpha` is None if it is not learned.
+    """
     faults = [] if math.isfinite(loss) else ["loss is not finite"]
     faults += [f"{name} is not finite" for name, is_finite in finite.items() if not is_finite]
-    if not 0 < alpha < math.inf:
+    if alpha is not None and not 0 < alpha < math.inf:
         faults.append("α is not positive")
     if not faults:
         return None
-    return (
-        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps, or "
-        "learn log α (--optimizer_lr=log_adam), in another run; the last checkpoint of this one "
-        "is kept"
-    )
+    remedy = "Lower --lr_img in another run"
+    if alpha is not None:
+        faults[0] += f", α = {alpha:.4g}"
+        remedy = (
+            "Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps, or learn log α "
+            "(--optimizer_lr=log_adam), in another run"
+        )
+    return f"{faults[0]}. {remedy}; the last checkpoint of this one is kept"
