@@ -188,7 +188,7 @@ class Classwise:
         means = self.ranks.mean(list(total))
         loss, gradient = (mean * (self.ranks.size / self.count) for mean in means)
         match = it % self.networks.loops.outer
-        carried = {"theta": torch.stack(thetas)} if self.networks.loops.outer > 1 else {}
+        carried = {"theta": torch.stack(thetas)} if self.networks.loops.outer > 1 else None
         log, source = {"Match": match}, f"match {match + 1} of its network"
         return Step(loss, {"images": gradient}, log, source, carried)
 
