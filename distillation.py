@@ -189,9 +189,10 @@ def initial_logits(args, inputs, images, labels):
         return saved_sets.initial_targets(args.pix_init, labels, inputs.data.form)
     logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
     if logits is not None and not kind.soft:
+        takers = [name for name in OBJECTIVES[args.objective].labels if LABELS[name].in_rows]
+        remedy = f"add --labels={' or '.join(takers)}" if takers else "take a set with classes"
         raise ReportedError(
-            f"--pix_init: the labels of {args.pix_init} are probabilities: add --labels=soft or "
-            "learned"
+            f"--pix_init: the labels of {args.pix_init} are probabilities: {remedy}"
         )
     if kind.soft and (logits is None or args.label_epoch):
         tiles = utils.decode(images.to(inputs.data.device), args.factor)

@@ -77,6 +77,11 @@ class Labels:
     def learned(self):
         return self.optimizer is not None
 
+    @property
+    def in_rows(self):
+        """True if they are read from a matrix (n, classes)."""
+        return self.soft or self.centred
+
 
 LABELS = {
     "hard": Labels(soft=False),

@@ -182,3 +182,16 @@ def test_rows_are_compared_with_those_of_mtt_with_as_many_steps(bench, capsys):
 def test_the_check_of_a_gpu_says_that_there_is_none(run, tmp_path):
     done = run("tests/gpu_check.py", cwd=tmp_path)
     assert done.returncode == 2 and "no CUDA card" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("objective", ["dc", "dm", "cafe"])
+def test_a_match_and_the_plain_loop_beside_it_have_the_same_loss(bench, monkeypatch, objective):
+    monkeypatch.setattr(bench, "take_turn", lambda: None)
+    monkeypatch.setattr(bench, "WARM_UP", 1)
+    options = {"model": "ConvNetD1", "ipc": 1, "precision": "float32", "compile": False}
+    plain, here = (
+        bench.measure("objective", "cpu", objective=objective, plain=plain, **options, repeat=1)
+        for plain in (True, False)
+    )
+    assert plain["losses"] == pytest.approx(here["losses"], rel=1e-4)
+    assert len(here["seconds"]) == 1 and here["peak"] > 1e8
