@@ -30,7 +30,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from objectives.classwise import NO_TRAINING, in_parts, loops_of, make_classwise, mean_over_parts
+from objectives.classwise import NO_TRAINING, loops_of, make_classwise
+from objectives.pairs import in_parts, mean_over_parts
 from reparam_module import ReparamModule
 
 EARLY_WEIGHT, LATE_WEIGHT = 0.1, 1.0  # w_l

@@ -21,7 +21,8 @@ import torch
 from torch.func import grad
 from torch.nn import functional as F
 
-from objectives.classwise import loops_of, make_classwise, mean_over_parts
+from objectives.classwise import loops_of, make_classwise
+from objectives.pairs import mean_over_parts
 
 EPSILON = 1e-6
 

@@ -12,7 +12,7 @@ import kernels
 import utils
 from datasets.preprocessing import Data, Form
 from objectives import OBJECTIVES, gradients
-from objectives.classwise import NO_TRAINING, Classwise, Loops, Networks, Pairs, loops_of
+from objectives.classwise import NO_TRAINING, Classwise, Loops, Networks, loops_of
 from objectives.features import (
     AlignFeatures,
     AllFeatures,
@@ -25,6 +25,7 @@ from objectives.features import (
 )
 from objectives.gradients import MatchGradients, class_gradient, gradient_distance
 from objectives.kernel import KernelRidge, kip_loss
+from objectives.pairs import Pairs
 from reparam_module import AdjointUnroll, ReparamModule
 from run.state import LABELS, Step, nearest_probabilities
 from system.ranks import ALONE, Ranks
