@@ -286,7 +286,7 @@ def measure_evaluation(device, model, ipc, precision, compile, epochs):
 
 
 def measure_objective(device, objective, plain, model, ipc, precision, compile, repeat):
-    """Matches of an objective on random images of ten classes, or the plain loop on the same ones.
+    """Matches of an objective on random images, or the plain loop on the same ones.
 
     Networks are fresh, as none is trained between the matches. Takes a turn for each.
     """
@@ -296,7 +296,8 @@ def measure_objective(device, objective, plain, model, ipc, precision, compile, 
     count = args.batch_objective * FORM.num_classes
     images = torch.randn(count, 3, FORM.im_size, FORM.im_size, generator=random).to(device)
     part = images, (torch.arange(count) % FORM.num_classes).to(device)
-    data = Data(part, part, part, by_name.CLASS_NAMES, {}, None)
+    names = by_name.CLASS_NAMES[: FORM.num_classes]
+    data = Data(part, part, part, names, {}, None)
     machine = Machine(device, ALONE, Compiler(compile))
     student = make_student(model, precision, device)
     inputs = distillation.Inputs(machine, data, None, student, None, None)
