@@ -32,7 +32,7 @@ def kip_loss(x_syn, y_syn, x_real, y_real):
 
 @dataclass(frozen=True)
 class KernelRidge:
-    """`kernel_ridge(state, it)`: the `Step` of iteration `it`.
+    """The `Step` of an iteration, a function of the state and its number.
 
     Each rank has a part of the batch.
     """
