@@ -5,9 +5,9 @@
         --buffer_path=BUF --data_path=DATA
 
 needs the experts of `expert_trajectories.py` with the same --dataset, --model and --zca. With
---objective=loss and hard labels it needs none. Every --eval_it iterations it trains fresh networks
-on the synthetic images and tests them on real ones. It logs to Weights & Biases and writes to
-logged_files/DATASET/RUN: images, labels and step size as tensors, pictures, an animation, and
+another --objective and hard labels it needs none. Every --eval_it iterations it trains fresh
+networks on the synthetic images and tests them on real ones. It logs to Weights & Biases and writes
+to logged_files/DATASET/RUN: images, labels and step size as tensors, pictures, an animation, and
 results.json.
 
 On an NVIDIA H200, 5000 iterations of ConvNetW32, evaluated six times, take 8 minutes beside seven
@@ -31,7 +31,7 @@ from datasets import by_name, saved_sets
 from datasets.preprocessing import Data, Layout, check_factor
 from evaluation import Evaluator, evaluate_real
 from objectives import OBJECTIVES
-from objectives.segments import batch_syn_of, check_shares
+from objectives.segments import batch_syn_of
 from reparam_module import ReparamModule
 from run import report, wandb_page
 from run.folder import default_name, open_run, run_flags, run_settings, saved_if_stopped
@@ -125,7 +125,7 @@ def load_inputs(args):
     place = machine.set_up(args.device, args.compile, args.amp)
     form = by_name.form_of(args.dataset, args.data_path, args.im_size)
     check_factor(args.factor, form)
-    check_shares(args, form, place.ranks.size)
+    OBJECTIVES[args.objective].check_ranks(args, form, place.ranks.size)
     batch_syn_of(args, form)
     student = evaluation.make_student(args.model, form, place.amp, place.device)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
@@ -185,26 +185,38 @@ def initial_state(args, inputs):
     random = utils.make_generator("distillation", args.seed)
     start, source = saved_sets.initial_set(args.pix_init, layout, inputs.data, random)
     images, labels, classes = start
-    kind = LABELS[args.labels]
-    logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
-    if logits is not None and not kind.soft:
-        raise ReportedError(
-            f"--pix_init: the labels of {args.pix_init} are probabilities: add --labels=soft or "
-            "learned"
-        )
-    if kind.soft and (logits is None or args.label_epoch):
-        tiles = utils.decode(images.to(inputs.data.device), args.factor)
-        logits = inputs.experts.logits(inputs.student, tiles, args.label_epoch)
+    logits = initial_logits(args, inputs, images, labels)
+    objective = OBJECTIVES[args.objective]
     rules = Rules(
         optimizer_img=args.optimizer_img,
         lr_img=args.lr_img,
         optimizer_lr=args.optimizer_lr,
-        lr_lr=args.lr_lr,
-        lr_labels=args.lr_labels if kind.learned else None,
+        lr_lr=args.lr_lr if objective.learns_alpha else None,
+        labels=args.labels,
+        lr_labels=args.lr_labels,
         ema=args.ema,
-        clip=OBJECTIVES[args.objective].clips,
+        clip=objective.clips,
+        halvings=objective.halvings,
     )
     return State(Start(images, classes, logits, args.lr_teacher, source), rules, inputs.data.device)
+
+
+def initial_logits(args, inputs, images, labels):
+    """The tensor from which labels are read (n, classes), at the start; None: they are classes."""
+    kind = LABELS[args.labels]
+    if kind.centred:
+        return saved_sets.initial_targets(args.pix_init, labels, inputs.data.form)
+    logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
+    if logits is not None and not kind.soft:
+        takers = [name for name in OBJECTIVES[args.objective].labels if LABELS[name].in_rows]
+        remedy = f"add --labels={' or '.join(takers)}" if takers else "take a set with classes"
+        raise ReportedError(
+            f"--pix_init: the labels of {args.pix_init} are probabilities: {remedy}"
+        )
+    if kind.soft and (logits is None or args.label_epoch):
+        tiles = utils.decode(images.to(inputs.data.device), args.factor)
+        logits = inputs.experts.logits(inputs.student, tiles, args.label_epoch)
+    return logits
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,6 +336,8 @@ def print_opening(run, state, experts, dashboard):
     count, it = len(state.images), len(state.losses)
     print(f"synthetic images: {count}, experts: {len(experts.members)}; results in {run.folder}")
     print(dashboard.where_to_look())
+    if "alpha" not in state.learned:
+        print(f"α is not learned: evaluation trains with --lr_teacher={state.alpha:g}")
     if state.seconds_before:
         print(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
     print(report.EVALUATION_HEADER, flush=True)
@@ -379,7 +393,8 @@ def main():
                 # Evaluate before the update, as MTT does: at iteration 0, the initial images.
                 due = it % args.eval_it == 0 or it == args.Iteration
                 if due and not state.evaluations.has(it, evaluator.pool.keys()):  # as after a kill
-                    scores = evaluator(state.images, state.labels, state.alpha, (args.seed, it))
+                    key = args.seed, it
+                    scores = evaluator(state.images, state.labels, state.alpha, key, state.targets)
                     state.add_evaluation(scores, evaluator.epochs)
                     if ranks.is_first:
                         log |= show_evaluation(args, run, state, data)

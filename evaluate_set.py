@@ -11,7 +11,8 @@ import trajectories
 import utils
 from datasets import by_name
 from datasets.preprocessing import CORESETS, Data, Layout, check_factor, coreset
-from datasets.saved_sets import check_set, is_saved, load_set, saved_folder
+from datasets.saved_sets import check_set, is_saved, load_set, load_targets, saved_folder
+from kernels import KERNELS
 from run import report
 from run.folder import run_flags
 from run.state import LABELS
@@ -108,6 +109,7 @@ def main(args, settings):
         if LABELS[args.labels].soft:
             title += ", labelled by the experts"
     images, labels, key = images.to(place.device), labels.to(place.device), (args.seed, "saved")
+    targets = load_targets(args.evaluate, labels, form, "--evaluate") if saved else None
     if args.search_alpha:
         alphas = search_alphas(evaluator, images, labels, key)
         shown = ", ".join(f"α = {value:g} ({name})" for name, value in alphas.items())
@@ -115,7 +117,8 @@ def main(args, settings):
         alphas, shown = dict.fromkeys(pool, alpha), f"α = {alpha:.5f}"
     scores = {}
     for name, step in pool.items():
-        scores |= replace(evaluator, pool={name: step})(images, labels, alphas[name], key)
+        of_name = replace(evaluator, pool={name: step})
+        scores |= of_name(images, labels, alphas.get(name), key, targets)
 
     count = images.shape[-4]
     print(f"{count} {title}; networks: {args.num_eval}, ", end="")
@@ -137,9 +140,10 @@ def search_alphas(evaluator, images, labels, key):
     """The best α of ALPHAS for each network, by the validation accuracy of one trained with each.
 
     A set's own α was learned for the network that it was distilled with. Others may diverge at it,
-    or hardly learn.
+    or hardly learn. Kernel machines have none.
     """
-    single = replace(evaluator, num_eval=1)
+    pool = {name: step for name, step in evaluator.pool.items() if name not in KERNELS}
+    single = replace(evaluator, num_eval=1, pool=pool)
     if images.dim() == 5:  # a set for each network
         images, labels = images[:1], labels[:1]
     reached = {}
@@ -147,7 +151,7 @@ def search_alphas(evaluator, images, labels, key):
         for name, scores in single(images, labels, alpha, (*key, "search")).items():
             reached[name, alpha] = evaluation.selection_rank({name: scores})
             process.write_line(f"{name:12} α = {alpha:<7g} {scores.selection_accuracy:7.2%}")
-    return {name: max(ALPHAS, key=lambda a: reached[name, a]) for name in evaluator.pool}
+    return {name: max(ALPHAS, key=lambda a: reached[name, a]) for name in pool}
 
 
 def evaluation_folder(args, settings):

@@ -13,6 +13,7 @@ from torch.nn.utils import parameters_to_vector
 
 import utils
 from datasets.preprocessing import Data, random_real
+from kernels import KERNELS, ROWS, centred_targets, fit
 from reparam_module import ReparamModule
 from system import process
 from system.compilation import Compiler
@@ -23,12 +24,13 @@ from utils import Augment
 # --------------------------------------------------------------------------------------------------
 # The evaluator
 
-EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` standing for --model
+EVAL_POOLS = {  # --eval_mode: the networks or KERNELS for evaluation, `model` standing for --model
     "S": ("model",),
     "A": ("ConvNet", "MLP", "ResNet18"),
     "R": ("model", "ResNet18"),
     "M": ("model", "MLP"),
     "C": ("model", "ConvNet"),
+    "K": ("model", "NTK"),
     "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
     "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
     "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
@@ -39,13 +41,20 @@ EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` stan
 def make_pool(mode, model, form, machine):
     """The networks of --eval_mode, by name, each with the step that trains several at once.
 
+    Kernel machines are trained in closed form, and have none.
+
     Raises ReportedError if one of them does not accept images of this `preprocessing.Form`.
     """
     names = dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode])
     try:
-        return {name: make_sgd_step(name, form, machine) for name in names}
+        return {
+            name: None if name in KERNELS else make_sgd_step(name, form, machine) for name in names
+        }
     except ReportedError as error:
         raise ReportedError(f"--eval_mode={mode}: {error}") from None
+
+
+MOST_IMAGES = 10_000  # that a kernel machine is trained on: its kernel takes 0.8 GB in float64
 
 
 class Tested(NamedTuple):
@@ -55,6 +64,15 @@ class Tested(NamedTuple):
     test: float
     classes: list  # test accuracy on each class
     is_finite: bool  # whether its logits are
+
+
+def tested_on(data, accuracy):
+    """`Tested` by a function that returns a `utils.Accuracy` on images and labels."""
+    test = accuracy(*data.test)
+    if not len(data.val[1]):
+        return Tested(None, test.mean, test.classes, test.is_finite)
+    val = accuracy(*data.val)
+    return Tested(val.mean, test.mean, test.classes, test.is_finite and val.is_finite)
 
 
 @dataclass(frozen=True)
@@ -72,7 +90,7 @@ class Evaluator:
     ranks: Ranks = ALONE  # which share out the networks
     line_due: Interval = field(default_factory=partial(Interval, 60))
 
-    def __call__(self, images, labels, syn_lr, key):
+    def __call__(self, images, labels, syn_lr, key, targets=None):
         """Scores by the network's name.
 
         images  (N, 3, H, H), or (num_eval, N, 3, H, H), a set for each network
@@ -80,10 +98,45 @@ class Evaluator:
                 tiles; with a set for each network, (num_eval, ...)
         syn_lr  α, the learning rate to train with
         key     seeds all that is random: initial weights, order of the images, augmentation
+        targets  real-valued labels (n, classes) for kernel machines; None: they take `labels`
         """
-        if images.dim() == 4:
-            images, labels = (part.expand(self.num_eval, *part.shape) for part in (images, labels))
-        return {name: self.evaluate(name, images, labels, syn_lr, key) for name in self.pool}
+        if targets is None:
+            targets = centred_targets(labels, self.data.form.num_classes)
+        scores = {}
+        for name in self.pool:
+            if name in KERNELS:
+                scores[name] = self.evaluate_kernel(name, images, targets)
+            else:
+                sets = [images, labels]
+                if images.dim() == 4:
+                    sets = [part.expand(self.num_eval, *part.shape) for part in sets]
+                scores[name] = self.evaluate(name, *sets, syn_lr, key)
+        return scores
+
+    def evaluate_kernel(self, name, images, targets):
+        """`Scores` of a kernel machine, which is trained in closed form: one, or one of each set.
+
+        Nothing about it is random, so every rank computes the same.
+        """
+        sets = [(images, targets)] if images.dim() == 4 else zip(images, targets)
+        tested = [self.test_kernel(KERNELS[name], *each) for each in sets]
+        return scores_of(tested)
+
+    def test_kernel(self, kernel, images, targets):
+        """Train a kernel machine on images (N, C, H, H) and targets, and test it: `Tested`."""
+        x = utils.decode(images, self.augment.factor).flatten(1)
+        if len(x) > MOST_IMAGES:
+            raise ReportedError(
+                f"a kernel machine of {len(x)} images is too large, as it takes the products of "
+                f"all pairs: give at most {MOST_IMAGES}, or another --eval_mode"
+            )
+        coefficients = fit(kernel, x, targets)
+
+        def accuracy(real, labels):
+            parts = [kernel(part.flatten(1), x) @ coefficients for part in real.split(ROWS)]
+            return utils.accuracy_of(torch.cat(parts), labels)
+
+        return tested_on(self.data, accuracy)
 
     def evaluate(self, name, images, labels, syn_lr, key):
         """`Scores` of the networks called `name`, of all ranks."""
@@ -103,14 +156,9 @@ class Evaluator:
         # Network n is the one of number n // ranks on rank n % ranks.
         places = [divmod(n, len(of_ranks)) for n in range(self.num_eval)]
         tested = [Tested(*of_ranks[rank][1][number]) for number, rank in places]
-        diverged = sum(not each.is_finite for each in tested)
-        warn_of_diverged(name, diverged, len(tested), syn_lr)
-        return Scores(
-            [each.val for each in tested if each.val is not None],
-            [each.test for each in tested],
-            [each.classes for each in tested],
-            diverged,
-        )
+        scores = scores_of(tested)
+        warn_of_diverged(name, scores.diverged, len(tested), syn_lr)
+        return scores
 
     def evaluate_some(self, name, images, labels, syn_lr, keys):
         """Train and test a network for each of `keys`, which seed all that is random about it.
@@ -149,11 +197,11 @@ class Evaluator:
 
     def test(self, network, forward):
         """Test a trained network: `Tested`. One that diverged counts as guessing."""
-        part = self.data.val
-        val = utils.accuracy(network, forward, *part, self.batch_real) if len(part[1]) else None
-        test = utils.accuracy(network, forward, *self.data.test, self.batch_real)
-        is_finite = test.is_finite and (val is None or val.is_finite)
-        return Tested(val and val.mean, test.mean, test.classes, is_finite)
+
+        def accuracy(images, labels):
+            return utils.accuracy(network, forward, images, labels, self.batch_real)
+
+        return tested_on(self.data, accuracy)
 
     def evaluate_synset(self, network, forward, train, syn_lr, generator):
         """Train a fresh network on images (N, 3, H, H) and labels, as MTT's evaluation does.
@@ -351,6 +399,16 @@ class Scores:
         Using the test set is MTT's rule.
         """
         return np.mean(self.val or self.test)
+
+
+def scores_of(tested):
+    """The `Scores` of several networks, each `Tested`."""
+    return Scores(
+        [each.val for each in tested if each.val is not None],
+        [each.test for each in tested],
+        [each.classes for each in tested],
+        sum(not each.is_finite for each in tested),
+    )
 
 
 def mean_selection_accuracy(scores):

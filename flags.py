@@ -26,6 +26,7 @@ from datasets.by_name import DATASETS, IM_SIZE
 from datasets.preprocessing import CORESETS
 from datasets.saved_sets import REAL_SETS, is_saved
 from evaluation import EVAL_POOLS
+from kernels import KERNELS
 from objectives import OBJECTIVES
 from reparam_module import UNROLLS
 from run.state import IMAGE_OPTIMIZERS, LABELS, STEP_SIZE_OPTIMIZERS
@@ -130,10 +131,34 @@ def wandb_options(args):
 # --------------------------------------------------------------------------------------------------
 # Flags of distillation.py
 
-# Defaults that depend on other flags.
-DEPENDENT = {
-    "lr_img": lambda args: IMAGE_OPTIMIZERS[args.optimizer_img].rate,
+# Defaults of which an objective may have its own.
+OF_OBJECTIVES = {"optimizer_img": "sgd", "labels": "hard", "no_aug": False, "batch_objective": 512}
+
+
+def own_default(name):
+    """A function of all flags: the default of this one for the objective."""
+    return lambda args: OBJECTIVES[args.objective].defaults.get(name, OF_OBJECTIVES[name])
+
+
+def default_lr_img(args):
+    """The objective's own rate, if it is for the optimiser, else the optimiser's."""
+    own = OBJECTIVES[args.objective].defaults
+    if "lr_img" in own and args.optimizer_img == own_default("optimizer_img")(args):
+        return own["lr_img"]
+    return IMAGE_OPTIMIZERS[args.optimizer_img].rate
+
+
+def default_lr_labels(args):
+    """The rate by which such labels are learned; that of "learned" for others."""
+    learned_by = LABELS[args.labels].optimizer or LABELS["learned"].optimizer
+    return learned_by.rate
+
+
+# Defaults that depend on other flags, and on those above them.
+DEPENDENT = {name: own_default(name) for name in OF_OBJECTIVES} | {
+    "lr_img": default_lr_img,
     "lr_lr": lambda args: STEP_SIZE_OPTIMIZERS[args.optimizer_lr].rate,
+    "lr_labels": default_lr_labels,
     "total_steps": lambda args: args.syn_steps,
 }
 
@@ -159,7 +184,7 @@ def add_objective_flags(parser):
         "--objective",
         type=choice(OBJECTIVES),
         default="trajectory",
-        help="follow an expert (MTT), or reach a low loss on real images (RaT-BPTT)",
+        help="of docs/protocol.md: MTT; RaT-BPTT; DC, DSA; DM, CAFE; KIP",
     )
     add("--expert_epochs", type=count, default=3, metavar="M", help="expert epochs to match")
     add("--syn_steps", type=count, default=20, metavar="N", help="steps of the student")
@@ -177,17 +202,25 @@ def add_objective_flags(parser):
         metavar="T",
         help="with loss: all steps; a random window of N is differentiated (default: N)",
     )
-    add("--batch_objective", type=count, default=512, help="with loss: real images per iteration")
+    add(
+        "--batch_objective",
+        type=count,
+        help="real images: loss 512, kip 2048; dc, dsa, dm, cafe: 256 per class",
+    )
     add(
         "--segments",
         type=count,
         default=1,
         metavar="S",
-        help="segments (or windows, of the loss) whose gradients are averaged",
+        help="segments (or windows, or networks) whose gradients are averaged",
     )
     add("--shard_batch", type=boolean, default=False, help="torchrun's processes share batches")
     add("--batch_syn", type=count, help="synthetic images per step (default: all of them)")
-    add("--no_aug", type=boolean, default=False, help="no augmentation during distillation")
+    add(
+        "--no_aug",
+        type=boolean,
+        help="no augmentation during distillation (default: False, dc True)",
+    )
     add(
         "--unroll",
         type=choice(UNROLLS),
@@ -204,8 +237,16 @@ def add_objective_flags(parser):
 def add_learning_flags(parser):
     """Add those of the optimisers, and of what guards them."""
     add = parser.topic("what is learned")
-    add("--optimizer_img", type=choice(IMAGE_OPTIMIZERS), default="sgd", help="of the images")
-    add("--lr_img", type=not_negative, help="rate of the images (default: 1000, adam 0.01)")
+    add(
+        "--optimizer_img",
+        type=choice(IMAGE_OPTIMIZERS),
+        help="of the images (default: sgd, kip adam)",
+    )
+    add(
+        "--lr_img",
+        type=not_negative,
+        help="of the images (default: 1000, adam 0.01; dc, dsa, cafe 0.1, dm 1, kip 0.04)",
+    )
     add(
         "--optimizer_lr",
         type=choice(STEP_SIZE_OPTIMIZERS),
@@ -213,7 +254,11 @@ def add_learning_flags(parser):
         help="optimiser of α, or Adam of log α, which keeps α positive",
     )
     add("--lr_lr", type=not_negative, help="rate of α (default: 1e-05, log_adam 0.01)")
-    add("--lr_labels", type=not_negative, default=5.0, help="rate of learned labels")
+    add(
+        "--lr_labels",
+        type=not_negative,
+        help="rate of learned labels (default: 5.0, targets 0.04)",
+    )
     add(
         "--ema",
         type=fraction,
@@ -243,8 +288,8 @@ def add_set_flags(parser):
     add(
         "--labels",
         type=choice(LABELS),
-        default="hard",
-        help="hard: classes; soft: the experts' probabilities; learned: soft, then learned",
+        help="hard: classes; soft: experts' probabilities; learned: soft, then learned; "
+        "targets: kip's, learned (default: hard, kip targets)",
     )
     add(
         "--label_epoch",
@@ -269,7 +314,7 @@ def add_output_flags(parser):
         "--eval_mode",
         type=choice(EVAL_POOLS),
         default="S",
-        help="networks: S: --model; A, R, M, C: other architectures; W, D, P, N: ConvNets",
+        help="networks: S: --model; A, R, M, C: other ones, too; W, D, P, N: ConvNets; K: NTK, too",
     )
     add(
         "--search_alpha",
@@ -313,8 +358,25 @@ def defaults_for(parser, args):
 # Flags that exclude each other
 
 
+def check_objective(parser, args):
+    """Refuse flags that have no meaning for the objective."""
+    objective = OBJECTIVES[args.objective]
+    if args.labels not in objective.labels:
+        known = " or ".join(objective.labels)
+        reason = f"--objective={args.objective} takes --labels={known}"
+        parser.error(f"--labels={args.labels}: {reason}")
+    defaults = defaults_for(parser, args)
+    for name in objective.refuses:
+        value = getattr(args, name)
+        if value != defaults[name]:
+            reason = f"it has no meaning for --objective={args.objective}: leave it out"
+            parser.error(f"--{name}={value}: {reason}")
+
+
 def check_combinations(parser, args):
     """Refuse flags of distillation.py that cannot be combined."""
+    if not args.evaluate:  # of which an objective is no part
+        check_objective(parser, args)
     if args.total_steps < args.syn_steps:
         reason = f"lower than --syn_steps={args.syn_steps}, which are part of them"
         parser.error(f"--total_steps={args.total_steps} is {reason}")
@@ -336,6 +398,9 @@ def check_combinations(parser, args):
         parser.error(f"--factor={args.factor} and --evaluate={args.evaluate}: {reason}")
     if args.search_alpha and not args.val_fraction:
         parser.error("--search_alpha needs validation images: give --val_fraction=0.1")
+    if args.texture and any(name in KERNELS for name in EVAL_POOLS[args.eval_mode]):
+        reason = "kernel machines do not take canvases: leave one out"
+        parser.error(f"--eval_mode={args.eval_mode} and --texture cannot be combined: {reason}")
     if args.zca and args.texture:
         reason = "whitening is fitted to whole images: leave one out"
         parser.error(f"--zca and --texture cannot be combined: {reason}")

@@ -2,7 +2,8 @@
 
 Every network maps images (B, channels, im_size, im_size) to logits (B, num_classes). Parameter
 names and their order are those of MTT's networks. Trajectory files are bare lists in this order,
-and can be exchanged with MTT.
+and can be exchanged with MTT. `layers` returns a network's features (B, ...): after each activation
+(of ResNet18, of the stem and each stage), and last, those that the last layer takes, flattened.
 """
 
 from torch import nn
@@ -22,9 +23,12 @@ class MLP(nn.Module):
         self.fc_3 = nn.Linear(128, num_classes)
 
     def forward(self, x):
-        x = F.relu(self.fc_1(x.flatten(1)))
-        x = F.relu(self.fc_2(x))
-        return self.fc_3(x)
+        return self.fc_3(self.layers(x)[-1])
+
+    def layers(self, x):
+        first = F.relu(self.fc_1(x.flatten(1)))
+        second = F.relu(self.fc_2(first))
+        return [first, second, second]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -80,6 +84,19 @@ class ConvNet(nn.Module):
     def forward(self, x):
         return self.classifier(self.features(x).flatten(1))
 
+    def layers(self, x):
+        return layers_of(self.features, x)
+
+
+def layers_of(modules, x):
+    """The features after each activation among modules in sequence, and after the last module."""
+    found = []
+    for module in modules:
+        x = module(x)
+        if isinstance(module, (nn.ReLU, nn.LeakyReLU, nn.Sigmoid)):
+            found.append(x)
+    return [*found, x]
+
 
 # --------------------------------------------------------------------------------------------------
 # ResNet18 (He et al. 2016), in its CIFAR form: a 3×3 stem without pooling
@@ -131,9 +148,13 @@ class ResNet18(nn.Module):
         self.classifier = nn.Linear(512 * (im_size // 32) ** 2, num_classes)
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.classifier(F.avg_pool2d(x, 4).flatten(1))
+        return self.classifier(self.layers(x)[-1].flatten(1))
+
+    def layers(self, x):
+        found = [F.relu(self.bn1(self.conv1(x)))]
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            found.append(stage(found[-1]))
+        return [*found, F.avg_pool2d(found[-1], 4)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,6 +183,9 @@ class VGG16(nn.Module):
 
     def forward(self, x):
         return self.classifier(self.features(x).flatten(1))
+
+    def layers(self, x):
+        return layers_of(self.features, x)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -85,14 +85,17 @@ class ReparamModule(nn.Module):
                 f"got shape {tuple(flat_params.shape)}"
             )
         dtype = torch.bfloat16 if self.amp else x.dtype
-        parts = flat_params.to(dtype).split(self.sizes)
-        parts = [part.view(shape) for part, shape in zip(parts, self.shapes)]
-        parameters = dict(zip(self.names, parts))
+        parameters = dict(zip(self.names, self.parts(flat_params.to(dtype))))
         images = x.to(dtype)
         if is_compiled_for_cpu(images):
             # The faster layout on a CPU. On a GPU, the compiler chooses it.
             images = images.contiguous(memory_format=torch.channels_last)
         return functional_call(self.network, parameters, (images,)).to(x.dtype)
+
+    def parts(self, vector):
+        """A vector (P,) as tensors with the shapes of the parameters."""
+        parts = vector.split(self.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes)]
 
 
 def student_fault(network):

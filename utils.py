@@ -382,11 +382,7 @@ class Accuracy(NamedTuple):
 
 @torch.no_grad()
 def accuracy(network, forward, images, labels, batch_size):
-    """The `Accuracy` of a network on `images` (N, C, H, W).
-
-    NaN has no largest entry, so a network that diverged would always say class 0. It has the
-    accuracy of guessing instead, 1 / classes.
-    """
+    """The `Accuracy` of a network on `images` (N, C, H, W), in batches."""
     network.eval()
     logits = []
     for x in images.split(batch_size):
@@ -394,12 +390,18 @@ def accuracy(network, forward, images, labels, batch_size):
         padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))  # one shape, so one compiled graph
         logits.append(forward(padded)[: len(x)])
     network.train()
-    logits = torch.cat(logits)
+    return accuracy_of(torch.cat(logits), labels)
+
+
+def accuracy_of(logits, labels):
+    """The `Accuracy` of logits (N, classes) on images with these labels (N,).
+
+    NaN has no largest entry, so a network that diverged would always say class 0. It has the
+    accuracy of guessing instead, 1 / classes.
+    """
     classes = logits.shape[1]
     if not logits.isfinite().all():
         return Accuracy(1 / classes, [1 / classes] * classes, False)
     hits = (logits.argmax(1) == labels).double()
-    of_classes = labels.bincount(weights=hits, minlength=classes) / labels.bincount(
-        minlength=classes
-    )
+    of_classes = labels.bincount(weights=hits) / labels.bincount()
     return Accuracy(hits.mean().item(), of_classes.tolist(), True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from datasets.preprocessing import CORESETS, PIX_INIT
+from kernels import centred_targets
 from system import files
 from system.process import ReportedError
 
@@ -196,6 +197,29 @@ def load_set(what, form, factor, flag):
     return SyntheticSet(images, labels, classes)
 
 
+def load_targets(what, labels, form, flag):
+    """The targets (n, classes) of kernel machines in a saved set with these labels; None: none.
+
+    Raises ReportedError if they do not fit.
+    """
+    path = files.expanded(what)
+    path = path / "images_best.pt" if path.is_dir() else path
+    if not path.name.startswith("images"):
+        return None
+    path = path.with_name(path.name.replace("images", "targets", 1))
+    targets = read_file(path, flag)
+    if targets is None:
+        return None
+    shape = len(labels), form.num_classes
+    fits = is_plain(targets) and targets.is_floating_point() and targets.shape == shape
+    if not (fits and targets.isfinite().all()):
+        raise ReportedError(
+            f"{flag}: {path} holds no targets of a kernel machine, {shape} float32 and finite, but "
+            f"{description(targets)}"
+        )
+    return targets.float()
+
+
 def as_images(found):
     """The same in float32."""
     return found.detach().float() if found.is_floating_point() else found
@@ -287,14 +311,17 @@ def classes_of(labels):
     return ordered if (ordered == likeliest).float().mean() >= 0.5 else likeliest
 
 
-def save_set(folder, tag, images, labels, syn_lr):
+def save_set(folder, tag, images, labels, syn_lr, targets=None):
     """Write a set as MTT's tools read it: bare tensors images_{tag}.pt and labels_{tag}.pt.
 
-    images  (K, C, S, S)
-    labels  classes (n,), or probabilities (n, classes)
-    syn_lr  α, written to syn_lr_{tag}.pt
+    images   (K, C, S, S)
+    labels   classes (n,), or probabilities (n, classes)
+    syn_lr   α, written to syn_lr_{tag}.pt
+    targets  of kernel machines (n, classes), written to targets_{tag}.pt; None: there are none
     """
     content = {"images": images, "labels": labels, "syn_lr": torch.tensor(syn_lr)}
+    if targets is not None:
+        content["targets"] = targets
     for name, tensor in content.items():
         files.write_tensors(folder / f"{name}_{tag}.pt", tensor.cpu().clone())
 
@@ -306,6 +333,14 @@ def save_set(folder, tag, images, labels, syn_lr):
 def pix_init(text):
     """A value of --pix_init: one of PIX_INIT, or the path of a saved set."""
     return text if text in PIX_INIT else files.expanded(text)
+
+
+def initial_targets(pix_init, labels, form):
+    """The initial targets (n, classes) of kernel machines: a saved set's, or of these labels."""
+    targets = None
+    if pix_init not in PIX_INIT:
+        targets = load_targets(pix_init, labels, form, "--pix_init")
+    return centred_targets(labels, form.num_classes) if targets is None else targets
 
 
 def initial_set(pix_init, layout, data, generator):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distillation  # found through the line above
 import expert_trajectories
-from cli import PRESETS
+from cli import EUROSAT_OTHERS, PRESETS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "hyperparameters.md"
 FLAGS = "<!-- flags: made by docs/make_flags.py -->\n"
@@ -64,9 +64,12 @@ def presets(names):
 
 
 def preset_tables():
-    """The tables of EuroSAT's presets and of MTT's."""
+    """The tables of EuroSAT's presets, of those for other objectives, and of MTT's."""
     ours = [name for name in PRESETS if name.startswith("eurosat")]
-    return f"{presets(ours)}\n{presets([name for name in PRESETS if name not in ours])}"
+    others = [f"eurosat-{ipc}-{name}" for ipc in (1, 10) for name in EUROSAT_OTHERS]
+    groups = [name for name in ours if name not in others], others
+    groups += ([name for name in PRESETS if name not in ours],)
+    return "\n".join(presets(group) for group in groups)
 
 
 def page():

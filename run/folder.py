@@ -88,7 +88,7 @@ class Run:
         """
         it = len(state.losses)
         for tag in [it, "best"] if state.evaluations.latest_is_best else [it]:
-            save_set(self.folder, tag, state.images, state.labels, state.alpha)
+            save_set(self.folder, tag, state.images, state.labels, state.alpha, state.targets)
             if pixels_zca is not None:
                 files.write_tensors(self.folder / f"images_zca_{tag}.pt", pixels_zca.clone())
 

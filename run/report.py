@@ -162,7 +162,7 @@ def save_curves(path, curves):
     plot_loss(loss, curves)
     iterations = [row["iteration"] for row in curves.rows]
     alpha.plot(iterations, [row["syn_lr"] for row in curves.rows], marker=".")
-    alpha.set(xlabel="iteration", ylabel="α, the learned step size")
+    alpha.set(xlabel="iteration", ylabel="α, the step size")
     for axis in (accuracy, loss, alpha):
         axis.grid(alpha=0.3)
     files.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))

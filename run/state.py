@@ -20,11 +20,12 @@ class Step(NamedTuple):
     gradients: dict  # by the names in `State.learned`; that of "alpha" is ∂L/∂α
     log: dict  # what is logged about its draws
     source: str  # what was drawn, for messages
+    carried: dict | None = None  # tensors by name, from which the next iteration continues
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A value of --optimizer_img or --optimizer_lr."""
+    """A value of --optimizer_img or --optimizer_lr, or what labels are learned by."""
 
     make: Callable  # of parameters and a learning rate
     rate: float  # the default learning rate
@@ -33,6 +34,10 @@ class Optimizer:
 
 def sgd(parameters, rate):
     return torch.optim.SGD(parameters, lr=rate, momentum=0.5)
+
+
+def heavy_sgd(parameters, rate):
+    return torch.optim.SGD(parameters, lr=rate, momentum=0.9)
 
 
 def adam(parameters, rate, betas=(0.9, 0.999)):
@@ -46,18 +51,45 @@ STEP_SIZE_OPTIMIZERS = {  # --optimizer_lr
 }
 
 
+def softmax(logits):
+    return logits.softmax(1)
+
+
+def nearest_probabilities(targets):
+    """The targets (n, classes) of kernel machines as probabilities: the share of what is positive.
+
+    `kernels.centred_targets` is undone. Of probabilities, it gives themselves.
+    """
+    shares = (targets + 1 / targets.shape[1]).clamp(min=0)
+    return shares / shares.sum(1, keepdim=True).clamp(min=1e-12)
+
+
 @dataclass(frozen=True)
 class Labels:
     """A value of --labels."""
 
     soft: bool  # probabilities, at first the experts'
-    learned: bool = False
+    optimizer: Optimizer | None = None  # by which they are learned; None: they are not
+    read: Callable = softmax  # what networks take of the tensor that stands for them, a matrix
+    centred: bool = False  # whether that tensor holds targets of a kernel machine
+
+    @property
+    def learned(self):
+        return self.optimizer is not None
+
+    @property
+    def in_rows(self):
+        """True if they are read from a matrix (n, classes)."""
+        return self.soft or self.centred
 
 
 LABELS = {
     "hard": Labels(soft=False),
     "soft": Labels(soft=True),
-    "learned": Labels(soft=True, learned=True),
+    "learned": Labels(soft=True, optimizer=Optimizer(heavy_sgd, 5.0)),
+    "targets": Labels(
+        soft=False, optimizer=Optimizer(adam, 0.04), read=nearest_probabilities, centred=True
+    ),
 }
 
 
@@ -68,10 +100,12 @@ class Rules:
     optimizer_img: str = "sgd"
     lr_img: float = 1000.0
     optimizer_lr: str = "sgd"
-    lr_lr: float = 1e-5
-    lr_labels: float | None = None  # None: labels are not learned
+    lr_lr: float | None = 1e-5  # None: α is not learned
+    labels: str = "hard"
+    lr_labels: float = 5.0  # of labels that are learned
     ema: float = 0.0
     clip: bool = False  # gradients at twice their running norms
+    halvings: tuple = ()  # iterations after which the images' rate is halved
 
 
 class Start(NamedTuple):
@@ -79,7 +113,7 @@ class Start(NamedTuple):
 
     images: torch.Tensor  # (K, C, S, S)
     classes: torch.Tensor  # of the images, or of their tiles (n,)
-    logits: torch.Tensor | None  # of soft labels (n, classes); None: the labels are the classes
+    logits: torch.Tensor | None  # what labels are read from (n, classes); None: they are classes
     alpha: float
     source: str  # of the images: "real", "noise", or a saved set's digest
 
@@ -88,10 +122,12 @@ class State:
     """All that changes in a run, which a checkpoint keeps.
 
     learned      what is learned, leaf tensors by name: "images" (K, C, S, S), "labels", if they are
-                 learned, logits (n, classes), and "alpha", α or log α, a scalar
+                 learned, logits or targets (n, classes), and, if it is learned, "alpha", α or
+                 log α, a scalar
     average      running means of `learned`, by name; None: there are none
     label_syn    the classes of the synthetic images, or of their tiles (n,), n = K * factor²
     logits       of soft labels that are not learned (n, classes), or None
+    carried      tensors by name, from which the objective's next iteration continues, or None
     losses       the objective in each iteration so far
     evaluations  of the synthetic images
     baselines    evaluations of random real images, at the initial α and at the best one
@@ -104,28 +140,28 @@ class State:
         """State of a run that begins."""
         self.rules = rules
         self.label_syn, self.source = start.classes.to(device), start.source
+        self.kind = LABELS[rules.labels]
         of_alpha = STEP_SIZE_OPTIMIZERS[rules.optimizer_lr]
+        of_images = IMAGE_OPTIMIZERS[rules.optimizer_img]
         self.learns_log = of_alpha.of_log
-        alpha = torch.tensor(start.alpha, device=device)
-        learned = {
-            "images": start.images.to(device),
-            "labels": None if start.logits is None else start.logits.to(device),
-            "alpha": alpha.log() if self.learns_log else alpha,
-        }
-        self.logits = None
-        if rules.lr_labels is None:
-            self.logits = learned.pop("labels")
-        self.learned = {name: tensor.requires_grad_(True) for name, tensor in learned.items()}
-        images, labels, alpha = (self.learned.get(name) for name in ("images", "labels", "alpha"))
-        self.optimizers = {
-            "images": IMAGE_OPTIMIZERS[rules.optimizer_img].make([images], rules.lr_img),
-            "alpha": of_alpha.make([alpha], rules.lr_lr),
-        }
-        if labels is not None:
-            self.optimizers["labels"] = torch.optim.SGD([labels], lr=rules.lr_labels, momentum=0.9)
+        self.alpha = self.current_alpha = torch.tensor(start.alpha).item()  # float32
+
+        logits = None if start.logits is None else start.logits.to(device)
+        self.logits = None if self.kind.learned else logits
+        learned = {"images": (start.images.to(device), of_images, rules.lr_img)}
+        if self.kind.learned:
+            learned["labels"] = logits, self.kind.optimizer, rules.lr_labels
+        if rules.lr_lr is not None:
+            alpha = torch.tensor(start.alpha, device=device)
+            alpha = alpha.log() if self.learns_log else alpha
+            learned["alpha"] = alpha, of_alpha, rules.lr_lr
+        self.learned, self.optimizers = {}, {}
+        for name, (tensor, optimizer, rate) in learned.items():
+            self.learned[name] = tensor.requires_grad_(True)
+            self.optimizers[name] = optimizer.make([tensor], rate)
         self.average = None
         self.norms = None  # with `clip`: running norms of the gradients, by name
-        self.alpha = self.current_alpha = self.leaves()[-1].item()
+        self.carried = None
         self.losses = []
         self.evaluations = Evaluations()
         self.baselines = []
@@ -134,7 +170,10 @@ class State:
         self.finished = False
 
     def leaves(self):
-        """Leaf tensors in the order of `learned`, to differentiate by; the last is α itself."""
+        """Leaf tensors in the order of `learned`, to differentiate by; the last is α itself.
+
+        For objectives that learn α.
+        """
         *synthetic, alpha = self.learned.values()
         alpha = alpha.detach()
         alpha = alpha.exp() if self.learns_log else alpha.clone()
@@ -154,7 +193,12 @@ class State:
     def labels(self):
         """The labels that networks learn from: classes (n,), or probabilities (n, classes)."""
         logits = self.evaluated.get("labels", self.logits)
-        return self.label_syn if logits is None else logits.softmax(1)
+        return self.label_syn if logits is None else self.kind.read(logits)
+
+    @property
+    def targets(self):
+        """The targets (n, classes) of kernel machines, if they are learned; else None."""
+        return self.evaluated.get("labels") if self.kind.centred else None
 
     def batch_maker(self, augment):
         """A function that makes (x, y) from the learned tensors and a drawn batch, for engines."""
@@ -162,9 +206,9 @@ class State:
         def make_batch(learned, batch):
             image_syn, *logits = learned
             if logits:
-                labels = logits[0].softmax(1)
+                labels = self.kind.read(logits[0])
             else:  # read now: a checkpoint may have brought others
-                labels = self.label_syn if self.logits is None else self.logits.softmax(1)
+                labels = self.label_syn if self.logits is None else self.kind.read(self.logits)
             return augment(image_syn, batch, labels)
 
         return make_batch
@@ -179,7 +223,7 @@ class State:
         Returns as text what is not finite, or that α is not positive; None if all is well.
         """
         loss, gradients = step.loss, step.gradients
-        if self.learns_log:  # ∂L/∂(log α) = α ∂L/∂α
+        if "alpha" in gradients and self.learns_log:  # ∂L/∂(log α) = α ∂L/∂α
             alpha = self.learned["alpha"].detach().exp()  # else the running norms keep a graph
             gradients = gradients | {"alpha": gradients["alpha"] * alpha}
         for name, gradient in (self.clipped(gradients) if self.rules.clip else gradients).items():
@@ -188,16 +232,26 @@ class State:
             optimizer.step()
         if self.rules.ema:
             self.update_average()
+        self.carried = step.carried
         checked = {f"∂L/∂{name}": gradient for name, gradient in gradients.items()}
         checked |= {"images": self.learned["images"]}
         finite = [tensor.isfinite().all() for tensor in checked.values()]
         # One transfer fetches all that is needed from an iteration, since it waits for the device.
-        alphas = torch.stack([self.learned["alpha"].detach(), self.evaluated["alpha"]])
-        alphas = alphas.exp() if self.learns_log else alphas
-        values = [loss, *alphas, *(flag.to(loss.dtype) for flag in finite)]
-        loss, self.current_alpha, self.alpha, *finite = torch.stack(values).tolist()
+        values = [loss, *(flag.to(loss.dtype) for flag in finite), *self.step_sizes()]
+        loss, *values = torch.stack(values).tolist()
+        if "alpha" in self.learned:
+            *values, self.current_alpha, self.alpha = values
         self.losses.append(loss)
-        return first_fault(loss, self.current_alpha, dict(zip(checked, finite)))
+        if len(self.losses) in self.rules.halvings:
+            self.optimizers["images"].param_groups[0]["lr"] /= 2
+        alpha = self.current_alpha if "alpha" in self.learned else None
+        return first_fault(loss, alpha, dict(zip(checked, values)))
+
+    def step_sizes(self):
+        """α as it is learned and as it is evaluated, scalars; none if it is not learned."""
+        of_each = self.learned, self.evaluated
+        alphas = [each["alpha"].detach() for each in of_each if "alpha" in each]
+        return [alpha.exp() for alpha in alphas] if self.learns_log else alphas
 
     @torch.no_grad()
     def update_average(self):
@@ -232,7 +286,8 @@ class State:
         wanted = evaluator.pool.keys(), evaluator.epochs, evaluator.num_eval
         for row in self.baselines[:1]:
             scores = row["scores"]
-            seen = scores.keys(), row["epochs"], len(next(iter(scores.values())).test)
+            count = max(len(of_network.test) for of_network in scores.values())
+            seen = scores.keys(), row["epochs"], count
             self.baselines = [] if seen != wanted and not self.finished else self.baselines
 
     def save(self, path):
@@ -266,6 +321,7 @@ class State:
             "learned": on_cpu(self.learned),
             "average": on_cpu(self.average),
             "norms": on_cpu(self.norms),
+            "carried": on_cpu(self.carried),
             "label_syn": self.label_syn.cpu(),
             "logits": None if self.logits is None else self.logits.cpu(),
             "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
@@ -290,9 +346,9 @@ class State:
             self.logits.copy_(content["logits"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
-        self.average, self.norms = (
+        self.average, self.norms, self.carried = (
             saved and {name: tensor.to(device) for name, tensor in saved.items()}
-            for saved in (content["average"], content["norms"])
+            for saved in (content["average"], content["norms"], content.get("carried"))
         )
         self.alpha, self.current_alpha = content["alpha"], content["current_alpha"]
         self.losses = content["losses"]
@@ -308,15 +364,21 @@ def on_cpu(tensors):
 
 
 def first_fault(loss, alpha, finite):
-    """Say what went wrong in an iteration, and what may help; None: nothing."""
+    """Say what went wrong in an iteration, and what may help; None: nothing.
+
+    `alpha` is None if it is not learned.
+    """
     faults = [] if math.isfinite(loss) else ["loss is not finite"]
     faults += [f"{name} is not finite" for name, is_finite in finite.items() if not is_finite]
-    if not 0 < alpha < math.inf:
+    if alpha is not None and not 0 < alpha < math.inf:
         faults.append("α is not positive")
     if not faults:
         return None
-    return (
-        f"{faults[0]}, α = {alpha:.4g}. Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps, or "
-        "learn log α (--optimizer_lr=log_adam), in another run; the last checkpoint of this one "
-        "is kept"
-    )
+    remedy = "Lower --lr_img in another run"
+    if alpha is not None:
+        faults[0] += f", α = {alpha:.4g}"
+        remedy = (
+            "Lower --lr_lr, --lr_img, --lr_teacher or --syn_steps, or learn log α "
+            "(--optimizer_lr=log_adam), in another run"
+        )
+    return f"{faults[0]}. {remedy}; the last checkpoint of this one is kept"

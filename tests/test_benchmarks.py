@@ -80,7 +80,7 @@ def test_a_row_is_measured_in_a_process_of_its_own():
 
 @pytest.mark.bfloat16
 def test_gradients_in_bfloat16_are_close_to_those_in_float32(bench):
-    options = {"model": "ConvNetD1", "ipc": 1, "steps": 2, "compile": False}
+    options = {"model": "ConvNetW32", "ipc": 1, "steps": 2, "compile": False}
     assert 0.9 < bench.measure("cosine", "cpu", **options)["cosine"] < 1
 
 
@@ -182,3 +182,17 @@ def test_rows_are_compared_with_those_of_mtt_with_as_many_steps(bench, capsys):
 def test_the_check_of_a_gpu_says_that_there_is_none(run, tmp_path):
     done = run("tests/gpu_check.py", cwd=tmp_path)
     assert done.returncode == 2 and "no CUDA card" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("objective", ["dc", "dm", "cafe"])
+def test_a_match_and_the_plain_loop_beside_it_have_the_same_loss(bench, monkeypatch, objective):
+    monkeypatch.setattr(bench, "take_turn", lambda: None)
+    monkeypatch.setattr(bench, "WARM_UP", 0)
+    monkeypatch.setattr(bench, "FORM", Form(2, 8))
+    options = {"model": "ConvNetW32", "ipc": 1, "precision": "float32", "compile": False}
+    plain, here = (
+        bench.measure("objective", "cpu", objective=objective, plain=plain, **options, repeat=2)
+        for plain in (True, False)
+    )
+    assert plain["losses"] == pytest.approx(here["losses"], rel=1e-4)
+    assert len(here["seconds"]) == 2 and here["peak"] > 1e8

@@ -57,6 +57,8 @@ def run(tmp_path):
         evaluations=evaluations((0.2, 0.2), (0.5, 0.7), (0.4, 0.4)),
         baselines=[{"syn_lr": 0.01, "scores": {"MLP": Scores([0.3, 0.3], [0.25, 0.35])}}],
         seconds_before=0.0,
+        learned={"images", "alpha"},
+        targets=None,
         finished=False,
     )
     return args, folder, state, data

@@ -8,6 +8,10 @@ measured in a process of its own, on the same random images and segment. MTT and
 take their iterations in turns, since a machine's speed may change within minutes. Prints a table,
 and writes it with all single times to a JSON file.
 
+    python tests/benchmarks/bench.py --objective dc dm cafe --model=ConvNetW32
+
+times other objectives instead, each beside a plain loop over the classes, in turns as well.
+
 Times are medians of the iterations after the fourth: glibc's allocator needs some to adapt to the
 sizes, and the first one compiles. Peak memory is `torch.cuda.max_memory_allocated` on a
 GPU, on a CPU the largest resident size of the process, Python and PyTorch included.
@@ -34,12 +38,17 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import plain_loops
+
+import distillation
 import evaluation
+import flags
 import trajectories
 import utils
 from datasets import by_name  # found through the line above
 from datasets.preprocessing import Data, Form
 from evaluation import Evaluator
+from objectives import OBJECTIVES
 from objectives.trajectory import matching_loss
 from reparam_module import UNROLLS, ReparamModule
 from system import files, process, resources
@@ -276,7 +285,46 @@ def measure_evaluation(device, model, ipc, precision, compile, epochs):
     return {"seconds": (seconds(epochs + 1) - seconds(1)) / epochs / evaluator.num_eval}
 
 
+def measure_objective(device, objective, plain, model, ipc, precision, compile, repeat):
+    """Matches of an objective on random images, or the plain loop on the same ones.
+
+    Networks are fresh, as none is trained between the matches. Takes a turn for each.
+    """
+    given = {"objective": objective, "model": model, "ipc": ipc, "device": str(device)}
+    args = flags.completed(distillation.make_parser(), given)
+    random = utils.make_generator("objective")
+    count = args.batch_objective * FORM.num_classes
+    images = torch.randn(count, 3, FORM.im_size, FORM.im_size, generator=random).to(device)
+    part = images, (torch.arange(count) % FORM.num_classes).to(device)
+    names = by_name.CLASS_NAMES[: FORM.num_classes]
+    data = Data(part, part, part, names, {}, None)
+    machine = Machine(device, ALONE, Compiler(compile))
+    student = make_student(model, precision, device)
+    inputs = distillation.Inputs(machine, data, None, student, None, None)
+    state = distillation.initial_state(args, inputs)
+    goal = OBJECTIVES[objective].make(args, inputs, state)
+
+    def plain_match(number):
+        network = utils.initial_network(
+            model, FORM, utils.make_generator("network", 0, number, 0), device
+        )
+        views = goal.pairs.draw(state, utils.make_generator("match", 0, number, 0))
+        return plain_loops.LOOPS[objective](network, views)[0]
+
+    def match(number):
+        return goal(state, number).loss
+
+    seconds, losses = [], []
+    for turn in range(WARM_UP + repeat):
+        take_turn()
+        number = turn * goal.networks.loops.outer  # a fresh network
+        run = plain_match if plain else match
+        seconds += seconds_of(lambda run=run, n=number: losses.append(float(run(n))), device, 1)
+    return iteration_row(seconds, process.peak_memory(device)) | {"losses": losses}
+
+
 MEASURES = {
+    "objective": measure_objective,
     "limits": measure_limits,
     "iteration": measure_iteration,
     "cosine": measure_cosine,
@@ -370,6 +418,28 @@ def measure_beside_mtt(args, steps, **arguments):
     per_epoch = theirs["evaluation"] / (args.epochs + 1)
     mtt = iteration_row(theirs["iterations"], theirs["peak"]) | {"evaluation": per_epoch}
     return mtt, row
+
+
+def compare_objectives(args):
+    """Print and return times and memory of --objective, each beside its plain loop, in turns."""
+    rows = []
+    print(f"{'objective':10} {'precision':10} {'plain, s':>9} {'here, s':>9}     time    memory")
+    for objective in args.objective:
+        for precision in ["float32", "bfloat16"] if args.amp else ["float32"]:
+            options = {"device": args.device, "objective": objective, "model": args.model}
+            options |= {"ipc": args.ipc, "repeat": args.repeat, "compile": args.compile}
+            commands = [
+                child_command("objective", **options, plain=plain, precision=precision)
+                for plain in (True, False)
+            ]
+            plain, here = last_lines(commands, WARM_UP + args.repeat)
+            row = {"objective": objective, "precision": precision, "plain": plain, "here": here}
+            rows.append(row)
+            seconds = [statistics.median(each["seconds"]) for each in (plain, here)]
+            line = f"{objective:10} {precision:10} {seconds[0]:9.3f} {seconds[1]:9.3f} "
+            line += f"{seconds[0] / seconds[1]:7.2f} x {plain['peak'] / here['peak']:7.2f} x"
+            print(line, flush=True)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -535,6 +605,7 @@ def parse_args(argv):
     add("--peer", help="checkout of MTT, whose loop runs beside (at 64x64 it knows ConvNet only)")
     add("--model", default="ConvNet", help="network")
     add("--ipc", type=int, default=1, help="synthetic images per class")
+    add("--objective", nargs="+", choices=plain_loops.LOOPS, help="time these instead, in turns")
     add("--steps", type=int, nargs="+", default=[5, 10, 20, 40, 80], help="values of N, rising")
     add("--repeat", type=int, default=3, help="iterations that are timed, after the first")
     add("--epochs", type=int, default=40, help="epochs of an evaluation")
@@ -554,8 +625,11 @@ def main(argv=None):
         return
     device = torch.device(args.device)
     args.amp = process.check_amp(args.amp, device)
-    results = measure_all(args)
-    print("\n".join(summary(results, args)))
+    if args.objective:
+        results = {"objectives": compare_objectives(args)}
+    else:
+        results = measure_all(args)
+        print("\n".join(summary(results, args)))
     is_cuda = device.type == "cuda"
     results |= {
         "machine": torch.cuda.get_device_name() if is_cuda else platform.processor() or "CPU",
