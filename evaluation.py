@@ -32,6 +32,7 @@ EVAL_POOLS = {  # --eval_mode: the networks trained for evaluation, `model` stan
     "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
     "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
     "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
+    "T": ("ConvNetW32", "ConvNet", "ConvNetD4", "ResNet18", "VGG11", "MLP"),
     "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
 }
 
@@ -85,15 +86,13 @@ class Evaluator:
             images, labels = (part.expand(self.num_eval, *part.shape) for part in (images, labels))
         return {name: self.evaluate(name, images, labels, syn_lr, key) for name in self.pool}
 
+    def of_network(self, name):
+        """The same for the networks called `name` alone."""
+        return replace(self, pool={name: self.pool[name]})
+
     def evaluate(self, name, images, labels, syn_lr, key):
         """`Scores` of the networks called `name`, of all ranks."""
-        numbers = self.ranks.mine(range(self.num_eval))
-        images, labels = self.ranks.mine(images), self.ranks.mine(labels)
-        keys = [("evaluation", *key, name, number) for number in numbers]
-        tested = self.evaluate_some(name, images, labels, syn_lr, keys) if keys else []
-        # Network n is the one of number n // ranks on rank n % ranks.
-        of_ranks = self.ranks.gather(tested)
-        tested = [of_ranks[n % len(of_ranks)][n // len(of_ranks)] for n in range(self.num_eval)]
+        tested = self.measure(name, (images, labels), syn_lr, key, self.test)
         warn_of_diverged(name, [each.is_finite for each in tested], syn_lr)
         return Scores(
             [each.val for each in tested if each.val is not None],
@@ -101,10 +100,26 @@ class Evaluator:
             [each.classes for each in tested],
         )
 
-    def evaluate_some(self, name, images, labels, syn_lr, keys):
-        """Train and test a network for each of `keys`, which seed all that is random about it.
+    def measure(self, name, train, syn_lr, key, test):
+        """`test(network, forward)` of each trained network called `name`, of all ranks.
 
-        Returns a `Tested` for each.
+        `train` has a set for each network: images (num_eval, N, C, H, H), and labels.
+        """
+        numbers = self.ranks.mine(range(self.num_eval))
+        images, labels = (self.ranks.mine(part) for part in train)
+        keys = [("evaluation", *key, name, number) for number in numbers]
+        measured = []
+        if keys:
+            trained = self.train_some(name, images, labels, syn_lr, keys)
+            measured = [test(*pair) for pair in trained]
+        # Network n is the one of number n // ranks on rank n % ranks.
+        of_ranks = self.ranks.gather(measured)
+        return [of_ranks[n % len(of_ranks)][n // len(of_ranks)] for n in range(self.num_eval)]
+
+    def train_some(self, name, images, labels, syn_lr, keys):
+        """Train a network for each of `keys`, which seed all that is random about it.
+
+        Returns each with its compiled forward.
         """
         form, device = self.data.form, images.device
         self.line_due.restart()
@@ -128,7 +143,7 @@ class Evaluator:
             total = len(trainings) * (self.epochs + 1)
             with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
                 process.in_threads(trainings, workers, bar)
-        return [self.test(*pair) for pair in zip(networks, forwards)]
+        return list(zip(networks, forwards))
 
     def test(self, network, forward):
         """Test a trained network: `Tested`."""
@@ -285,6 +300,36 @@ def warn_of_diverged(name, are_finite, syn_lr):
             f"{diverged} of {len(are_finite)} networks ({name}) diverged in evaluation: "
             f"α = {syn_lr:.4g} is too large for them, so they count as guessing"
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# The step size of networks that a set was not learned for
+
+ALPHAS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # of --search_alpha
+
+
+def search_alphas(evaluator, images, labels, key):
+    """The best α of ALPHAS for each network, by the validation accuracy of one trained with each.
+
+    A set's own α was learned for the network that it was distilled with. Others may diverge at it,
+    or hardly learn.
+    """
+    # Validation images take the place of the test images, which would be tested for nothing.
+    data = replace(evaluator.data, val=no_images(evaluator.data), test=evaluator.data.val)
+    single = replace(evaluator, num_eval=1, data=data)
+    if images.dim() == 5:  # a set for each network
+        images, labels = images[:1], labels[:1]
+    reached = {}
+    for alpha in ALPHAS:
+        for name, scores in single(images, labels, alpha, (*key, "search")).items():
+            reached[name, alpha] = scores.selection_accuracy
+            process.write_line(f"{name:12} α = {alpha:<7g} {reached[name, alpha]:7.2%}")
+    return {name: max(ALPHAS, key=lambda a: reached[name, a]) for name in evaluator.pool}
+
+
+def no_images(data):
+    """A part of `Data` that has no images."""
+    return tuple(part[:0] for part in data.train)
 
 
 # --------------------------------------------------------------------------------------------------
