@@ -7,10 +7,10 @@ returns an `Outcome`.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from uses.incremental import incremental
-from uses.membership import membership
-from uses.size import size
-from uses.transfer import transfer
+from uses.incremental import learn_in_steps
+from uses.membership import attack_members
+from uses.size import compare_formats
+from uses.transfer import compare_networks
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Task:
 
 
 TASKS = {  # --task
-    "transfer": Task(transfer, eval_mode="T", own_alpha=False, takes_experts=True),
-    "incremental": Task(incremental, takes_experts=True),
-    "membership": Task(membership),
-    "size": Task(size, needs_validation=False, takes_experts=True),
+    "transfer": Task(compare_networks, eval_mode="T", own_alpha=False, takes_experts=True),
+    "incremental": Task(learn_in_steps, takes_experts=True),
+    "membership": Task(attack_members),
+    "size": Task(compare_formats, needs_validation=False, takes_experts=True),
 }

@@ -32,7 +32,7 @@ class Curve:
         return np.mean([scores.test for scores in self.steps], axis=0).tolist()
 
 
-def incremental(study):
+def learn_in_steps(study):
     """Train networks on the classes so far: distilled images, and real ones in their memory."""
     num_classes = len(study.data.classes)
     order = torch.randperm(num_classes, generator=utils.make_generator("classes", study.seed))

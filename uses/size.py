@@ -136,7 +136,7 @@ class Row:
         return 100 * float(np.mean(self.test)) / self.kilobytes if self.test else None
 
 
-def size(study):
+def compare_formats(study):
     """Train networks on the set as it arrives in each format."""
     chosen = study.distilled.with_alpha(study.key)
     rows = []

@@ -23,7 +23,7 @@ class Result:
     scores: Scores
 
 
-def transfer(study):
+def compare_networks(study):
     """Train each network on the set, and on as many random real images."""
     random = random_images(study)
     sets = [study.distilled, random]
