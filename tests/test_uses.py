@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_data
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_tensor
 
 import evaluation
 import utils
 from datasets.distilled import load_distilled
 from datasets.eurosat import CLASS_NAMES
 from evaluation import spread
+from run import report
 from uses import membership, size
 
 SCRIPT = "distillation.py"
@@ -208,6 +211,18 @@ def test_formats_return_what_they_were_given_but_for_rounding(title, error):
     level = (images.max() - images.min()) / 255 if title.startswith("PNG") else 1
     assert decoded.shape == images.shape and decoded.dtype == torch.float32
     assert (decoded - images).abs().max() <= error * level + 1e-6
+
+
+def test_exported_pictures_are_the_clipped_pixels_to_a_level(
+    run_here, real_run, data_flags, eurosat_folder, tmp_path
+):
+    out = tmp_path / "out"
+    done = run_here(SCRIPT, *data_flags, f"--evaluate={real_run}", f"--export={out}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pictures = torch.stack([to_tensor(image) for image, _ in ImageFolder(out / "images")])
+    data = load_data("ImageFolder", eurosat_folder, False, 0.1, "cpu", im_size=16)
+    pixels = data.to_pixels(torch.load(real_run / "images_best.pt"))
+    assert (pictures - report.clip(pixels)).abs().max() <= 1.01 / 255
 
 
 # --------------------------------------------------------------------------------------------------
