@@ -49,6 +49,7 @@ print("mean", mean, "standard deviation", std)""",
 Pixels are the images with the normalisation undone. They leave [0, 1], where real ones are, so the
 picture is scaled to its own range.""",
     """import torch
+
 from run.report import draw_grid
 
 shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
@@ -61,6 +62,7 @@ draw_grid(images * scale + shift, classes, "results/eurosat-1", pixels=True)""",
 Any module of PyTorch will do. This is a small one that is not part of the project. It trains on
 nothing but the ten images, augmented anew in every step.""",
     """from torch import nn
+
 from utils import DSA_STRATEGY, diff_augment, make_generator
 
 torch.manual_seed(0)
@@ -75,7 +77,7 @@ network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size,
 random = make_generator(0)
 for rate, epochs in ((alpha, EPOCHS // 2), (alpha / 10, EPOCHS // 2)):
     sgd = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=5e-4)
-    for epoch in range(epochs):
+    for _ in range(epochs):
         loss = nn.functional.cross_entropy(
             network(diff_augment(images, DSA_STRATEGY, random)), labels
         )
@@ -151,5 +153,6 @@ if __name__ == "__main__":
     data = Path(sys.argv[1]).resolve()
     os.chdir(ROOT)
     start = time.monotonic()
-    PAGE.write_text(json.dumps(notebook(data), indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(notebook(data), indent=1, ensure_ascii=False, sort_keys=True)
+    PAGE.write_text(text + "\n")
     print(f"{PAGE}: {time.monotonic() - start:.0f} s")
