@@ -14,9 +14,9 @@ from scipy.integrate import trapezoid
 from torch.nn import functional as F
 
 import utils
-from datasets.preprocessing import PIX_INIT, Layout
+from datasets.preprocessing import PIX_INIT, Layout, random_real
 from datasets.saved_sets import saved_folder
-from evaluation import spread
+from evaluation import no_images, spread
 from system import files, process
 from uses.study import Outcome, TrainingSet, new_figure, random_images
 
@@ -153,7 +153,7 @@ def own_images(training_set):
     """The real images of all networks that have their own, with classes; none of tiles."""
     images, labels = training_set.images, training_set.labels
     if not training_set.axis or training_set.tiles > 1:
-        return images.flatten(0, -4)[:0], training_set.evaluator.data.test[1][:0]
+        return no_images(training_set.evaluator.data)
     return images.flatten(0, 1), labels.flatten()
 
 
@@ -182,14 +182,14 @@ def nearest(images, data):
 
 
 def first_images(what, data):
-    """The images that a saved set started from; None if its run does not say so."""
+    """The real images that a saved set started from; None if its run does not say so."""
     record = files.read_run(saved_folder(what))
-    if record is None or record.settings.get("pix_init") not in PIX_INIT:
+    if record is None or PIX_INIT.get(record.settings.get("pix_init")) is not random_real:
         return None
     flags = record.flags
     layout = Layout(flags["ipc"], flags["factor"])
     random = utils.make_generator("distillation", flags["seed"])
-    images, _ = PIX_INIT[record.settings["pix_init"]](data, layout, random)
+    images, _ = random_real(data, layout, random)
     return images
 
 
