@@ -40,6 +40,7 @@ from system import machine, process, resources
 from system.machine import Machine
 from system.process import Interval, ReportedError, stop
 from trajectories import Experts, load_experts
+from uses import TASKS
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -73,6 +74,8 @@ def parse_args():
             parser.error(f"--preset={given['preset']}: the run has its own flags: leave it out")
         # The images were learned for its α. None if it was not saved, as by MTT.
         saved["lr_teacher"] = saved_sets.saved_step_size(what, "--evaluate")
+        if "task" in given:
+            saved["eval_mode"] = TASKS[given["task"]].eval_mode or "S"
     elif isinstance(start, Path):
         alpha = saved_sets.saved_step_size(start, "--pix_init")
         if alpha:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +11,14 @@ import utils
 from datasets import by_name
 from datasets.preprocessing import CORESETS, Data, Layout, check_factor, coreset
 from datasets.saved_sets import check_set, is_saved, load_set, load_targets, saved_folder
-from kernels import KERNELS
 from run import report
 from run.folder import run_flags
 from run.state import LABELS
 from system import files, machine, process
 from system.process import ReportedError
-from trajectories import load_experts
-
-ALPHAS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # of --search_alpha
-
+from trajectories import Experts, load_experts
+from uses import TASKS
+from uses.study import Study, TrainingSet
 
 # --------------------------------------------------------------------------------------------------
 # Real images
@@ -46,8 +43,7 @@ def real_set(args, data, place):
         images, labels = coreset(data, args.ipc, CORESETS[what], features)
     if soft:
         tiles = utils.decode(images.flatten(0, -4), args.factor)
-        logits = experts.logits(student, tiles, args.label_epoch)
-        labels = logits.softmax(1).unflatten(0, labels.shape)
+        labels = experts.labels(student, tiles, args.label_epoch).unflatten(0, labels.shape)
     return images, labels
 
 
@@ -80,7 +76,8 @@ def main(args, settings):
     if is_saved(args.evaluate):
         saved = load_set(args.evaluate, form, args.factor, "--evaluate")
     alpha = args.lr_teacher
-    if alpha is None and (args.export or not args.search_alpha):
+    chooses_alpha = args.search_alpha or (args.task and TASKS[args.task].needs_validation)
+    if alpha is None and (args.export or not chooses_alpha):
         raise ReportedError(
             f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the step "
             "size to train with, or --search_alpha"
@@ -97,6 +94,9 @@ def main(args, settings):
         return
 
     evaluator = evaluation.make_evaluator(args, data, pool, place)
+    if args.task:
+        run_task(args, settings, study_of(args, saved, evaluator, place))
+        return
     if saved:
         images, labels, _ = saved
         title = f"images of {args.evaluate}"
@@ -111,13 +111,13 @@ def main(args, settings):
     images, labels, key = images.to(place.device), labels.to(place.device), (args.seed, "saved")
     targets = load_targets(args.evaluate, labels, form, "--evaluate") if saved else None
     if args.search_alpha:
-        alphas = search_alphas(evaluator, images, labels, key)
+        alphas = evaluation.search_alphas(evaluator, images, labels, key)
         shown = ", ".join(f"α = {value:g} ({name})" for name, value in alphas.items())
     else:
         alphas, shown = dict.fromkeys(pool, alpha), f"α = {alpha:.5f}"
     scores = {}
-    for name, step in pool.items():
-        of_name = replace(evaluator, pool={name: step})
+    for name in pool:
+        of_name = evaluator.of_network(name)
         scores |= of_name(images, labels, alphas.get(name), key, targets)
 
     count = images.shape[-4]
@@ -125,33 +125,24 @@ def main(args, settings):
     print(f"epochs: {args.epoch_eval_train}, {shown}\n")
     print(report.scores_table(scores, data.classes))
     if place.ranks.is_first:
-        settings = settings | {"amp": place.amp, "data": data.settings["digest"]}
         row = {"evaluated": args.evaluate, "images": count, "scores": scores}
         row["syn_lr"] = alphas if args.search_alpha else alpha
         (content,) = evaluation.to_json([row])
-        content |= {"settings": settings, "data": data.settings, "device": str(place)}
-        content |= {"versions": process.versions()}
-        path = evaluation_folder(args, settings) / "evaluation.json"
-        files.write_json(path, content)
+        path = write_evaluation(args, settings, content, data, place)
         print(f"\nFiles: {path}")
 
 
-def search_alphas(evaluator, images, labels, key):
-    """The best α of ALPHAS for each network, by the validation accuracy of one trained with each.
+def write_evaluation(args, settings, content, data, place):
+    """Write a JSON file of `content` and all that it depends on; returns its path.
 
-    A set's own α was learned for the network that it was distilled with. Others may diverge at it,
-    or hardly learn. Kernel machines have none.
+    It is named after the task, or evaluation.json without one.
     """
-    pool = {name: step for name, step in evaluator.pool.items() if name not in KERNELS}
-    single = replace(evaluator, num_eval=1, pool=pool)
-    if images.dim() == 5:  # a set for each network
-        images, labels = images[:1], labels[:1]
-    reached = {}
-    for alpha in ALPHAS:
-        for name, scores in single(images, labels, alpha, (*key, "search")).items():
-            reached[name, alpha] = evaluation.selection_rank({name: scores})
-            process.write_line(f"{name:12} α = {alpha:<7g} {scores.selection_accuracy:7.2%}")
-    return {name: max(ALPHAS, key=lambda a: reached[name, a]) for name in pool}
+    settings = settings | {"amp": place.amp, "data": data.settings["digest"]}
+    content |= {"settings": settings, "data": data.settings, "device": str(place)}
+    content |= {"versions": process.versions()}
+    path = evaluation_folder(args, settings) / f"{args.task or 'evaluation'}.json"
+    files.write_json(path, content)
+    return path
 
 
 def evaluation_folder(args, settings):
@@ -161,6 +152,38 @@ def evaluation_folder(args, settings):
     chosen = args.evaluate == "random" or args.evaluate in CORESETS
     name = f"{args.evaluate}_ipc{args.ipc}" if chosen else Path(args.evaluate).resolve().stem
     return args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}_{digest}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tasks
+
+
+def study_of(args, saved, evaluator, place):
+    """The `Study` of a saved set, with the experts of --model where there are some."""
+    task = TASKS[args.task]
+    folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
+    experts = Experts([])
+    if task.takes_experts and trajectories.expert_files(folder):
+        student = evaluation.make_student(args.model, evaluator.data.form, place.amp, place.device)
+        experts = matching_experts(args, evaluator.data, student)
+    images, labels = (part.to(place.device) for part in saved)
+    chosen = args.search_alpha or not task.own_alpha
+    alpha = None if chosen else args.lr_teacher
+    distilled = TrainingSet("the set", images, labels, evaluator, alpha)
+    return Study(args.evaluate, distilled, args.model, experts, place, args.seed)
+
+
+def run_task(args, settings, study):
+    """Run a task, print its table, and write its JSON file and its picture."""
+    print(f"{len(study.classes)} images of {args.evaluate}; networks: {args.num_eval}, ", end="")
+    print(f"epochs: {args.epoch_eval_train}, seed: {args.seed}", flush=True)
+    outcome = TASKS[args.task].run(study)
+    print(f"\n{outcome.table}")
+    if study.place.ranks.is_first:
+        content = {"evaluated": args.evaluate, "task": args.task} | outcome.content
+        path = write_evaluation(args, settings, content, study.data, study.place)
+        report.save_figure(path.with_suffix(".png"), outcome.picture)
+        print(f"\nFiles: {path} (and .png)")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Evaluation: fresh networks are trained on a small set of images and tested on real ones."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -34,6 +35,7 @@ EVAL_POOLS = {  # --eval_mode: the networks or KERNELS for evaluation, `model` s
     "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
     "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
     "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
+    "T": ("ConvNetW32", "ConvNet", "ConvNetD4", "ResNet18", "VGG11", "MLP"),
     "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
 }
 
@@ -55,6 +57,14 @@ def make_pool(mode, model, form, machine):
 
 
 MOST_IMAGES = 10_000  # that a kernel machine is trained on: its kernel takes 0.8 GB in float64
+
+
+class Trainee(NamedTuple):
+    """A network to be trained."""
+
+    network: torch.nn.Module
+    forward: Callable  # compiled
+    random: torch.Generator  # of the order of images, and of augmentation
 
 
 class Tested(NamedTuple):
@@ -138,62 +148,78 @@ class Evaluator:
 
         return tested_on(self.data, accuracy)
 
+    def of_network(self, name):
+        """The same for the networks called `name` alone."""
+        return replace(self, pool={name: self.pool[name]})
+
     def evaluate(self, name, images, labels, syn_lr, key):
         """`Scores` of the networks called `name`, of all ranks."""
+
+        def test(network, forward):
+            return list(self.test(network, forward))
+
+        measured = self.measure(name, (images, labels), syn_lr, key, test)
+        scores = scores_of([Tested(*each) for each in measured])
+        warn_of_diverged(name, scores.diverged, len(measured), syn_lr)
+        return scores
+
+    def measure(self, name, train, syn_lr, key, test):
+        """`test(network, forward)` of each trained network called `name`, of all ranks.
+
+        `train` has a set for each network: images (num_eval, N, C, H, H), and labels. `test`
+        returns what `ranks.pack` takes.
+        """
         numbers = self.ranks.mine(range(self.num_eval))
-        images, labels = self.ranks.mine(images), self.ranks.mine(labels)
+        train = [self.ranks.mine(part) for part in train]
         keys = [("evaluation", *key, name, number) for number in numbers]
-        tested, stopped = [], None
+        measured, stopped = [], None
         try:
             if keys:
-                tested = self.evaluate_some(name, images, labels, syn_lr, keys)
+                trainees = [self.fresh(name, key, train[0].device) for key in keys]
+                measured = self.train_and_test(name, trainees, train, syn_lr, test)
         except Stopped as error:  # on this rank; the others learn of it when they are done
             stopped = error.args[0]
-        of_ranks = self.ranks.gather([stopped, [list(each) for each in tested]])
+        of_ranks = self.ranks.gather([stopped, measured])
         signals = [number for number, _ in of_ranks if number]
         if signals:
             raise Stopped(signals[0], "")
         # Network n is the one of number n // ranks on rank n % ranks.
         places = [divmod(n, len(of_ranks)) for n in range(self.num_eval)]
-        tested = [Tested(*of_ranks[rank][1][number]) for number, rank in places]
-        scores = scores_of(tested)
-        warn_of_diverged(name, scores.diverged, len(tested), syn_lr)
-        return scores
+        return [of_ranks[rank][1][number] for number, rank in places]
 
-    def evaluate_some(self, name, images, labels, syn_lr, keys):
-        """Train and test a network for each of `keys`, which seed all that is random about it.
+    def fresh(self, name, key, device):
+        """A `Trainee` called `name`; `key` seeds all that is random about it."""
+        random = utils.make_generator(*key)
+        network = utils.initial_network(name, self.data.form, random, device)
+        return Trainee(network, self.compiler(network), random)
 
-        Returns a `Tested` for each.
+    def train_and_test(self, name, trainees, train, syn_lr, test):
+        """Train each of `trainees`, networks called `name`; a list of what `test` returns of each.
+
+        `train` has a set for each: images (K, N, C, H, H), and labels.
         """
-        form, device = self.data.form, images.device
         self.line_due.restart()
-        generators = [utils.make_generator(*key) for key in keys]
-        networks = [utils.initial_network(name, form, random, device) for random in generators]
-        forwards = [self.compiler(network) for network in networks]
+        images, labels = train
         # Such a small batch leaves most of a GPU, or of a processor's cores, idle.
         batch = min(labels.shape[1], self.batch_train) * (self.augment.windows or 1)
         is_small = batch <= 64
         if is_small and self.pool[name]:
-            train = images, labels
+            networks, forwards, generators = zip(*trainees)
             self.train_together(self.pool[name], networks, train, syn_lr, generators)
-            return [self.test(*pair) for pair in zip(networks, forwards)]
-        tested = {}
+            return [test(*pair) for pair in zip(networks, forwards)]
+        results = {}
         todo = []
-        for number, pair in enumerate(zip(networks, forwards)):
-            train = images[number], labels[number]
-            training = self.evaluate_synset(*pair, train, syn_lr, generators[number])
-            todo.append(self.then_test(training, pair, tested, number))
+        for number, trainee in enumerate(trainees):
+            pair = trainee.network, trainee.forward
+            own = images[number], labels[number]
+            training = self.evaluate_synset(*pair, own, syn_lr, trainee.random)
+            todo.append(then_test(training, trainee, test, results))
         total = len(todo) * (self.epochs + 1)
         # A thread for each network, so that its digits do not depend on how many there are.
-        each_alone = is_small and device.type == "cpu"
+        each_alone = is_small and images.device.type == "cpu"
         with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
             process.in_threads(todo, each_alone, bar)
-        return [tested[number] for number in range(len(todo))]
-
-    def then_test(self, training, pair, tested, number):
-        """Exhaust a `training`, then put what its network and forward reach into `tested`."""
-        yield from training
-        tested[number] = self.test(*pair)
+        return [results[trainee] for trainee in trainees]
 
     def test(self, network, forward):
         """Test a trained network: `Tested`. One that diverged counts as guessing."""
@@ -204,7 +230,7 @@ class Evaluator:
         return tested_on(self.data, accuracy)
 
     def evaluate_synset(self, network, forward, train, syn_lr, generator):
-        """Train a fresh network on images (N, 3, H, H) and labels, as MTT's evaluation does.
+        """Train a fresh network on images (N, C, H, H) and labels, as MTT's evaluation does.
 
         `epochs` + 1 epochs of SGD at `syn_lr`, with momentum 0.9 and weight decay 5e-4. After epoch
         `epochs // 2 + 1`, a tenth of the learning rate and a fresh optimiser. Yields after each
@@ -279,6 +305,12 @@ def of_real_images(evaluator):
     return replace(evaluator, augment=replace(evaluator.augment, windows=0))
 
 
+def then_test(training, trainee, test, results):
+    """Exhaust a `training`, then put what `test` returns of its network into `results`."""
+    yield from training
+    results[trainee] = test(trainee.network, trainee.forward)
+
+
 def fresh_sgd(network, rate):
     return torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
 
@@ -347,6 +379,37 @@ def warn_of_diverged(name, diverged, count, syn_lr):
             f"{diverged} of {count} networks ({name}) diverged in evaluation: α = {syn_lr:.4g} is "
             "too large for them, so they count as guessing"
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# The step size of networks that a set was not learned for
+
+ALPHAS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # of --search_alpha
+
+
+def search_alphas(evaluator, images, labels, key):
+    """The best α of ALPHAS for each network, by the validation accuracy of one trained with each.
+
+    A set's own α was learned for the network that it was distilled with. Others may diverge at it,
+    or hardly learn. Kernel machines have none.
+    """
+    pool = {name: step for name, step in evaluator.pool.items() if name not in KERNELS}
+    # Validation images take the place of the test images, which would be tested for nothing.
+    data = replace(evaluator.data, val=no_images(evaluator.data), test=evaluator.data.val)
+    single = replace(evaluator, num_eval=1, data=data, pool=pool)
+    if images.dim() == 5:  # a set for each network
+        images, labels = images[:1], labels[:1]
+    reached = {}
+    for alpha in ALPHAS:
+        for name, scores in single(images, labels, alpha, (*key, "search")).items():
+            reached[name, alpha] = selection_rank({name: scores})
+            process.write_line(f"{name:12} α = {alpha:<7g} {scores.selection_accuracy:7.2%}")
+    return {name: max(ALPHAS, key=lambda a: reached[name, a]) for name in pool}
+
+
+def no_images(data):
+    """A part of `Data` that has no images."""
+    return tuple(part[:0] for part in data.train)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from kernels import KERNELS
 from objectives import OBJECTIVES
 from reparam_module import UNROLLS
 from run.state import IMAGE_OPTIMIZERS, LABELS, STEP_SIZE_OPTIMIZERS
+from uses import TASKS
 from utils import DSA_STRATEGY
 
 WANDB_PROJECT = "DatasetDistillation"
@@ -75,7 +76,7 @@ def add_network_flags(parser, batch_train):
         "--model",
         type=model,
         default="ConvNet",
-        help="ConvNet and variants (ConvNetD4, ConvNetW32), MLP, ResNet18, VGG16",
+        help="ConvNet and variants (ConvNetD4, ConvNetW32), MLP, ResNet18, VGG11, VGG16",
     )
     add("--lr_teacher", type=positive, default=0.01, help="experts' rate; initial α")
     add("--batch_train", type=count, default=batch_train, help="batch size of networks")
@@ -314,7 +315,7 @@ def add_output_flags(parser):
         "--eval_mode",
         type=choice(EVAL_POOLS),
         default="S",
-        help="networks: S: --model; A, R, M, C: other ones, too; W, D, P, N: ConvNets; K: NTK, too",
+        help="networks: S: --model; A, R, M, C, T: others, too; W, D, P, N: ConvNets; K: NTK, too",
     )
     add(
         "--search_alpha",
@@ -329,6 +330,11 @@ def add_output_flags(parser):
     add(
         "--evaluate",
         help="only evaluate: a run's folder, images_*.pt, random, herding, k_center or full",
+    )
+    add(
+        "--task",
+        type=choice(TASKS),
+        help="with --evaluate: what a set is used for, measured (docs/uses.md)",
     )
     add("--export", type=folder_path, help="export the set of --evaluate for other tools")
 
@@ -401,6 +407,9 @@ def check_combinations(parser, args):
     if args.texture and any(name in KERNELS for name in EVAL_POOLS[args.eval_mode]):
         reason = "kernel machines do not take canvases: leave one out"
         parser.error(f"--eval_mode={args.eval_mode} and --texture cannot be combined: {reason}")
+    if args.task and TASKS[args.task].needs_validation and not args.val_fraction:
+        reason = "validation images choose α: give --val_fraction=0.1"
+        parser.error(f"--task={args.task} and --val_fraction=0 cannot be combined: {reason}")
     if args.zca and args.texture:
         reason = "whitening is fitted to whole images: leave one out"
         parser.error(f"--zca and --texture cannot be combined: {reason}")
@@ -430,3 +439,21 @@ def check_commands(parser, given):
         parser.error("--search_alpha needs --evaluate: in a run, α is learned")
     if "export" in given and not is_saved(what):
         parser.error("--export needs --evaluate with a saved set")
+    if "task" in given:
+        check_task(parser, given)
+
+
+def check_task(parser, given):
+    """Refuse flags beside --task that cannot be had with it."""
+    task, name = TASKS[given["task"]], given["task"]
+    if not is_saved(given.get("evaluate")):
+        parser.error(f"--task={name} needs --evaluate with a saved set")
+    if "export" in given:
+        parser.error(f"--task={name} and --export cannot be combined: leave one out")
+    if "eval_mode" in given and not task.eval_mode:
+        reason = "it trains networks called --model: leave it out"
+        parser.error(f"--task={name} and --eval_mode cannot be combined: {reason}")
+    for flag in ("lr_teacher", "search_alpha"):
+        if flag in given and not task.own_alpha:
+            reason = "it chooses α for each network: leave it out"
+            parser.error(f"--task={name} and --{flag} cannot be combined: {reason}")

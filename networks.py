@@ -1,4 +1,4 @@
-"""The networks of the experiments: ConvNet and its variants, MLP, ResNet18, VGG16.
+"""The networks of the experiments: ConvNet and its variants, MLP, ResNet18, VGG11, VGG16.
 
 Every network maps images (B, channels, im_size, im_size) to logits (B, num_classes). Parameter
 names and their order are those of MTT's networks. Trajectory files are bare lists in this order,
@@ -158,20 +158,28 @@ class ResNet18(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# VGG16 (Simonyan & Zisserman 2015), with one linear layer
+# VGG11 and VGG16 (Simonyan & Zisserman 2015), with one linear layer
 
-VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+VGG_STAGES = {
+    11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    16: ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+}
 
 
-class VGG16(nn.Module):
-    """Thirteen [3×3 convolution → instance norm → ReLU] in five stages, each max-pooled."""
+class VGG(nn.Module):
+    """[3×3 convolution → instance norm → ReLU] in five stages, each max-pooled.
 
-    def __init__(self, channels, num_classes, im_size):
+    VGG11 has eight of them, VGG16 thirteen.
+    """
+
+    def __init__(self, channels, num_classes, im_size, *, depth):
         super().__init__()
         if im_size % 32:
-            raise ValueError(f"VGG16 takes images whose side is a multiple of 32, not {im_size}")
+            raise ValueError(
+                f"VGG{depth} takes images whose side is a multiple of 32, not {im_size}"
+            )
         layers = []
-        for widths in VGG16_STAGES:
+        for widths in VGG_STAGES[depth]:
             for width in widths:
                 layers.append(nn.Conv2d(channels, width, kernel_size=3, padding=1))
                 layers.append(nn.GroupNorm(width, width))
@@ -210,7 +218,7 @@ NETWORKS = {
     },
     "ResNet18": (ResNet18, {}),
     "ResNet18BN": (ResNet18, {"norm": "batch"}),
-    "VGG16": (VGG16, {}),
+    **{f"VGG{depth}": (VGG, {"depth": depth}) for depth in VGG_STAGES},
 }
 ALIASES = {"ResNet": "ResNet18"}
 

@@ -150,6 +150,11 @@ class Experts:
 
     members: list  # of Expert
 
+    @classmethod
+    def of_snapshot(cls, snapshot):
+        """A single expert, of one snapshot."""
+        return cls([Expert([snapshot], "a single snapshot", None)])
+
     @property
     def test_accuracies(self):
         """Each expert's accuracy after its last epoch, if recorded."""
@@ -247,6 +252,10 @@ class Experts:
                 "lower --label_epoch, or use --labels=hard"
             )
         return logits
+
+    def labels(self, student, images, epoch=None):
+        """The probabilities (B, classes) of these mean logits."""
+        return self.logits(student, images, epoch).softmax(1)
 
     @torch.no_grad()
     def features(self, student, images):

@@ -65,16 +65,20 @@ class DataSet:
     scales: bool = False  # to any side
     # Mean and standard deviation of each channel, in [0, 1]; None: of the training images.
     statistics: tuple | None = None
+    classes: tuple | None = None  # names, where they are known without the data
 
 
 EUROSAT_STATISTICS = [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]  # ToySAT's are close
-CIFAR_STATISTICS = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]  # MTT's, for both
+SATELLITE = {"statistics": EUROSAT_STATISTICS, "classes": CLASS_NAMES}
+CIFAR = {"statistics": ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])}  # MTT's, for both
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
+CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
 
 DATASETS = {  # --dataset
-    "EuroSAT": DataSet(load_eurosat, 10, statistics=EUROSAT_STATISTICS),
-    "ToySAT": DataSet(load_toysat, 10, scales=True, statistics=EUROSAT_STATISTICS),
-    "CIFAR10": DataSet(partial(load_cifar, "CIFAR10"), 10, 32, statistics=CIFAR_STATISTICS),
-    "CIFAR100": DataSet(partial(load_cifar, "CIFAR100"), 100, 32, statistics=CIFAR_STATISTICS),
+    "EuroSAT": DataSet(load_eurosat, 10, **SATELLITE),
+    "ToySAT": DataSet(load_toysat, 10, scales=True, **SATELLITE),
+    "CIFAR10": DataSet(partial(load_cifar, "CIFAR10"), 10, 32, **CIFAR, classes=CIFAR10_CLASSES),
+    "CIFAR100": DataSet(partial(load_cifar, "CIFAR100"), 100, 32, **CIFAR),
     "ImageFolder": DataSet(load_image_folder, scales=True),
 }
 

@@ -16,7 +16,7 @@ from system.ranks import Ranks
 # What a run is, by its flags
 
 # Flags that say what a command does, and where. No run records them.
-COMMANDS = {"log_dir", "run_name", "resume", "evaluate", "export", "preset"}
+COMMANDS = {"log_dir", "run_name", "resume", "evaluate", "task", "export", "preset"}
 # Flags that only observe a run, or end it. They may change when it is resumed.
 OBSERVING = {"Iteration", "eval_it", "num_eval", "eval_mode", "epoch_eval_train", "batch_real"}
 # Flags that no result depends on, or that the digests of data and experts cover.

@@ -165,6 +165,10 @@ def save_curves(path, curves):
     alpha.set(xlabel="iteration", ylabel="α, the step size")
     for axis in (accuracy, loss, alpha):
         axis.grid(alpha=0.3)
+    save_figure(path, figure)
+
+
+def save_figure(path, figure):
     files.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 

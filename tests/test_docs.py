@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "docs"))
 
 import make_flags  # found through the line above
+import make_notebook
 
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -115,10 +117,26 @@ def test_the_lines_that_train_a_network_on_a_saved_set_run(monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert "502" in code and "499" in code  # epochs, as in evaluation
     monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)  # of the network
     names = {}
-    exec(code.replace("502", "3").replace("499", "1"), names)
+    exec(code.replace("502", "9").replace("499", "1"), names)
     assert all(p.isfinite().all() for p in names["network"].parameters())
     assert names["loss"] < 2.3  # that of guessing
+
+
+def test_the_notebook_runs_and_holds_the_cells_that_make_it(readers_folder, monkeypatch):
+    page = json.loads(make_notebook.PAGE.read_text())
+    cells = ["".join(cell["source"]) for cell in page["cells"]]
+    assert cells == make_notebook.CELLS, "run: python docs/make_notebook.py DATA"
+    assert all(cell["outputs"] for cell in page["cells"][3::2])  # the first one prints nothing
+    code = "\n".join(cells[1::2]).replace("EPOCHS = 1000", "EPOCHS = 4")
+    code = code.replace('DATA = "data"', f"DATA = {str(readers_folder / 'DATA')!r}")
+    code = code.replace("val_fraction=0.1", "val_fraction=0.5")  # of so few images
+    monkeypatch.chdir(ROOT / "docs")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names = {}
+    exec(code, names)
+    assert names["alpha"] and len(names["right"]) == 10
 
 
 def test_the_one_line_that_draws_toysat_runs(readers_folder):

@@ -188,6 +188,30 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--evaluate=nowhere", ["--evaluate=nowhere", "images_*.pt", "random", "full"]),
     (DISTILLATION, "--evaluate=", ["--evaluate=''", "names nothing"]),
     (DISTILLATION, "--export=out --evaluate=random", ["--export", "--evaluate"]),
+    (DISTILLATION, "--evaluate=nowhere --task=rank", ["--task", "rank", "transfer", "size"]),
+    (DISTILLATION, "--task=size", ["--task=size", "--evaluate with a saved set"]),
+    (DISTILLATION, "--task=size --evaluate=random", ["--task=size", "a saved set"]),
+    (DISTILLATION, "--task=size --evaluate=nowhere --export=out", ["--export", "leave one out"]),
+    (
+        DISTILLATION,
+        "--task=membership --evaluate=nowhere --eval_mode=A",
+        ["--task=membership", "--eval_mode", "--model", "leave it out"],
+    ),
+    (
+        DISTILLATION,
+        "--task=transfer --evaluate=nowhere --lr_teacher=0.1",
+        ["--task=transfer", "--lr_teacher", "each network", "leave it out"],
+    ),
+    (
+        DISTILLATION,
+        "--task=transfer --evaluate=nowhere --search_alpha",
+        ["--task=transfer", "--search_alpha", "leave it out"],
+    ),
+    (
+        DISTILLATION,
+        "--task=incremental --evaluate=nowhere --val_fraction=0",
+        ["--task=incremental", "--val_fraction=0.1"],
+    ),
     # results
     (BOTH, "--wandb_mode=never", ["--wandb_mode", "never", "offline"]),
     (BOTH, "--wandb_project=a/b", ["--wandb_project", "a/b"]),

@@ -13,7 +13,6 @@ from conftest import load_data
 from torchvision.datasets import ImageFolder
 
 import distillation
-import evaluate_set
 import evaluation
 import utils
 from datasets import preprocessing, saved_sets
@@ -79,6 +78,7 @@ def test_each_eval_mode_stands_for_its_networks():
         "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
         "D": ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
         "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
+        "T": ["ConvNetW32", "ConvNet", "ConvNetD4", "ResNet18", "VGG11", "MLP"],
         "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
     }
 
@@ -413,7 +413,7 @@ def test_a_preset_with_learned_labels_leaves_real_images_theirs(monkeypatch):
 
 
 def test_alpha_is_searched_for_a_set_that_has_none(evaluate, saved, flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_set, "ALPHAS", (0.01,))
+    monkeypatch.setattr(evaluation, "ALPHAS", (0.01,))
     for name in ("images", "labels"):
         shutil.copy(saved / f"{name}_best.pt", tmp_path)
     _, record = evaluate(*flags, f"--evaluate={tmp_path / 'images_best.pt'}", "--search_alpha")
@@ -422,7 +422,7 @@ def test_alpha_is_searched_for_a_set_that_has_none(evaluate, saved, flags, tmp_p
 
 @pytest.mark.filterwarnings("ignore:.*diverged")
 def test_alpha_is_chosen_for_each_network_by_validation_accuracy(evaluate, saved, monkeypatch):
-    monkeypatch.setattr(evaluate_set, "ALPHAS", (1e-9, 0.01, 1e10))
+    monkeypatch.setattr(evaluation, "ALPHAS", (1e-9, 0.01, 1e10))
     out, record = evaluate(f"--evaluate={saved}", "--eval_mode=M", "--search_alpha")
     assert record["syn_lr"][MODEL] == 0.01 and f"α = 0.01 ({MODEL})" in out
     assert record["syn_lr"].keys() == record["scores"].keys() == {MODEL, "MLP"}

@@ -49,13 +49,13 @@ def test_a_depth_that_leaves_no_pixels_is_refused_with_the_deepest_that_fits(nam
         get_network(name, 3, 10, 64)
 
 
-@pytest.mark.parametrize("name", ["ResNet18", "VGG16"])
+@pytest.mark.parametrize("name", ["ResNet18", "VGG11", "VGG16"])
 def test_networks_of_five_halvings_refuse_sides_that_do_not_divide(name):
     with pytest.raises(ValueError, match=rf"{name}.*multiple of 32, not 40"):
         get_network(name, 3, 10, 40)
 
 
-@pytest.mark.parametrize("name", ["VGG16", "ResNet18"])
+@pytest.mark.parametrize("name", ["VGG11", "VGG16", "ResNet18"])
 def test_the_classifier_has_2048_inputs_at_64_pixels(name):
     assert get_network(name, 3, 10, 64).classifier.in_features == 2048
 

@@ -1,0 +1,177 @@
+"""A set under study, and the sets of real images that it is compared with."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+import evaluation
+import utils
+from datasets.preprocessing import CORESETS, Layout, coreset
+from datasets.saved_sets import classes_of
+from evaluation import Evaluator
+from system.machine import Machine
+from trajectories import Experts
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A set of images, and how networks are trained on it.
+
+    images  (N, C, S, S), or (num_eval, N, C, S, S), a set for each network
+    labels  those of their tiles, as `Evaluator` takes them
+    alpha   α; None: the validation images choose it
+    """
+
+    title: str
+    images: torch.Tensor
+    labels: torch.Tensor
+    evaluator: Evaluator
+    alpha: float | None = None
+
+    @property
+    def axis(self):
+        """The dimension that counts the images, and the labels."""
+        return self.images.dim() - 4
+
+    @property
+    def tiles(self):
+        """The number of labels of each image."""
+        return self.labels.shape[self.axis] // self.images.shape[self.axis]
+
+    def alphas(self, key):
+        """α for each network of the evaluator."""
+        if self.alpha is None:
+            return evaluation.search_alphas(self.evaluator, self.images, self.labels, key)
+        return dict.fromkeys(self.evaluator.pool, self.alpha)
+
+    def with_alpha(self, key):
+        """The same with α chosen, for an evaluator of one network."""
+        (alpha,) = self.alphas(key).values()
+        return replace(self, alpha=alpha)
+
+    def scores(self, key):
+        """`Scores` of the only network of the evaluator."""
+        (scores,) = self.evaluator(self.images, self.labels, self.alpha, key).values()
+        return scores
+
+    def measure(self, test, key):
+        """`test(network, forward)` of each network, trained as `scores` trains them."""
+        (name,) = self.evaluator.pool
+        train = self.images, self.labels
+        if not self.axis:
+            train = [part.expand(self.evaluator.num_eval, *part.shape) for part in train]
+        return self.evaluator.measure(name, train, self.alpha, key, test)
+
+    def subset(self, chosen):
+        """The images `chosen` (n,), with their labels."""
+        axis = self.axis
+        chosen = chosen.to(self.images.device)
+        by_image = self.labels.unflatten(axis, (-1, self.tiles))
+        labels = by_image.index_select(axis, chosen).flatten(axis, axis + 1)
+        return replace(self, images=self.images.index_select(axis, chosen), labels=labels)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a task works on."""
+
+    what: str  # the set that --evaluate names
+    distilled: TrainingSet
+    model: str  # the network that the set was made for
+    experts: Experts  # of this network; none, where --buffer_path has none
+    place: Machine
+    seed: int
+
+    @property
+    def data(self):
+        return self.distilled.evaluator.data
+
+    @property
+    def student(self):
+        """The network of the experts, as a function of its parameters."""
+        place = self.place
+        return evaluation.make_student(self.model, self.data.form, place.amp, place.device)
+
+    @property
+    def key(self):
+        """The seed of networks, as in an evaluation without a task."""
+        return self.seed, "saved"
+
+    @property
+    def classes(self):
+        """The class of each image (N,), on the CPU."""
+        return classes_of(self.distilled.labels)[:: self.distilled.tiles].cpu()
+
+
+class Outcome(NamedTuple):
+    """What a task found."""
+
+    table: str  # to be printed
+    content: dict  # of its JSON file
+    picture: object  # matplotlib's Figure
+
+
+# --------------------------------------------------------------------------------------------------
+# Real images, as many of each class as the set has
+
+
+def random_images(study):
+    """A `TrainingSet` of random real images for each network."""
+    evaluator = evaluation.of_real_images(study.distilled.evaluator)
+    counts = study.classes.bincount(minlength=len(study.data.classes))
+    layout = Layout(int(counts.max()), evaluator.augment.factor)
+    real = evaluation.random_real_sets(study.data, layout, evaluator.num_eval, study.seed)
+    drawn = TrainingSet("random real images", *real, evaluator)
+    return drawn.subset(first_of_each(counts))
+
+
+def labelled_by_experts(study, real):
+    """The same images with the experts' probabilities as labels."""
+    tiles = utils.decode(real.images.flatten(0, -4), real.evaluator.augment.factor)
+    labels = study.experts.labels(study.student, tiles).unflatten(0, real.labels.shape)
+    return replace(real, title="the same, experts' labels", labels=labels)
+
+
+def herding_images(study):
+    """A `TrainingSet` of real images chosen by herding, which are not cut into tiles.
+
+    Features are the first expert's. Without experts, they are those of a network that is not
+    trained, and the title says so.
+    """
+    evaluator = evaluation.of_real_images(study.distilled.evaluator)
+    evaluator = replace(evaluator, augment=replace(evaluator.augment, factor=1))
+    counts = study.classes.bincount(minlength=len(study.data.classes))
+    title = "herding" if study.experts.members else "herding, untrained features"
+    features = partial(feature_experts(study).features, study.student)
+    found = coreset(study.data, int(counts.max()), CORESETS["herding"], features)
+    found = study.place.ranks.from_first([part.cpu() for part in found])  # rounding may differ
+    found = [part.to(study.data.device) for part in found]
+    return TrainingSet(title, *found, evaluator).subset(first_of_each(counts))
+
+
+def feature_experts(study):
+    """The experts, or a single one that is not trained, drawn from the seed."""
+    if study.experts.members:
+        return study.experts
+    random = utils.make_generator("features", study.seed)
+    network = utils.initial_network(study.model, study.data.form, random, study.data.device)
+    return Experts.of_snapshot([p.detach() for p in network.parameters()])
+
+
+def first_of_each(counts):
+    """The first counts[c] of each class, as indices; each class has as many as the largest."""
+    width = int(counts.max())
+    return torch.cat([label * width + torch.arange(n) for label, n in enumerate(counts.tolist())])
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def new_figure(width, height):
+    """An empty Figure, sides in inches."""
+    from matplotlib.figure import Figure  # when needed: it takes a third of a script's start
+
+    return Figure(figsize=(width, height), layout="constrained")
