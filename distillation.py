@@ -36,7 +36,7 @@ from reparam_module import ReparamModule
 from run import report, wandb_page
 from run.folder import default_name, open_run, run_flags, run_settings, saved_if_stopped
 from run.state import LABELS, Rules, Start, State
-from system import machine, process, resources
+from system import files, machine, process, resources
 from system.machine import Machine
 from system.process import Interval, ReportedError, stop
 from trajectories import Experts, load_experts
@@ -98,7 +98,8 @@ def recorded_set(parser, what):
     record = saved_sets.read_record(what, "--evaluate")
     if not record:
         return {}
-    flags = parser.checked(record.flags, what)
+    path = saved_sets.saved_folder(what) / files.RUN_RECORD
+    flags = parser.checked(record.flags, path if path.exists() else what)
     if not by_name.is_in_use(flags.get("data_path", Path())):
         flags.pop("data_path", None)
     return flags

@@ -166,11 +166,12 @@ def study_of(args, saved, evaluator, place):
     if task.takes_experts and trajectories.expert_files(folder):
         student = evaluation.make_student(args.model, evaluator.data.form, place.amp, place.device)
         experts = matching_experts(args, evaluator.data, student)
-    images, labels = (part.to(place.device) for part in saved)
+    images, labels = saved.images.to(place.device), saved.labels.to(place.device)
     chosen = args.search_alpha or not task.own_alpha
     alpha = None if chosen else args.lr_teacher
     distilled = TrainingSet("the set", images, labels, evaluator, alpha)
-    return Study(args.evaluate, distilled, args.model, experts, place, args.seed)
+    classes = saved.classes[:: len(labels) // len(images)]
+    return Study(args.evaluate, distilled, classes, args.model, experts, place, args.seed)
 
 
 def run_task(args, settings, study):
@@ -224,5 +225,5 @@ def export_set(args, saved, syn_lr, data: Data):
 def exported_record(args, data):
     """The record of an exported set, without folders of this machine: `files.RunRecord`."""
     flags = {n: v for n, v in run_flags(args).items() if not isinstance(getattr(args, n), Path)}
-    settings = {"data": data.settings["digest"]} | data.settings
+    settings = {"data": data.settings["digest"], "classes": data.classes} | data.settings
     return {"settings": settings, "flags": flags | {"factor": 1}, "wandb_id": ""}

@@ -289,8 +289,8 @@ def add_set_flags(parser):
     add(
         "--labels",
         type=choice(LABELS),
-        help="hard: classes; soft: experts' probabilities; learned: soft, then learned; "
-        "targets: kip's, learned (default: hard, kip targets)",
+        help="hard: classes; soft: the experts' probabilities; learned: soft at first; targets: "
+        "kip's (default: hard, kip targets)",
     )
     add(
         "--label_epoch",
@@ -315,7 +315,7 @@ def add_output_flags(parser):
         "--eval_mode",
         type=choice(EVAL_POOLS),
         default="S",
-        help="networks: S: --model; A, R, M, C, T: others, too; W, D, P, N: ConvNets; K: NTK, too",
+        help="networks: S: --model; A, R, M, C, T: others; W, D, P, N: ConvNets; K: and NTK",
     )
     add(
         "--search_alpha",

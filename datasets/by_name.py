@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat
-from datasets.folders import count_classes, load_image_folder
+from datasets.folders import class_names, load_image_folder
 from datasets.pictures import Images, data_digest
 from datasets.preprocessing import ZCA_EPS, Form, Raw, channel_statistics, split_dataset
 from datasets.toysat import draw_toysat
@@ -97,7 +97,7 @@ def form_of(dataset, data_path, im_size):
     """
     source = DATASETS[dataset]
     side = side_of(dataset, im_size)
-    return Form(source.num_classes or count_classes(data_path), side)
+    return Form(source.num_classes or len(class_names(data_path)), side)
 
 
 def side_of(dataset, im_size):

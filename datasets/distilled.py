@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from datasets.by_name import DATASETS, form_of
-from datasets.folders import image_folders
-from datasets.saved_sets import load_set, saved_folder, saved_step_size
+from datasets.by_name import DATASETS, side_of
+from datasets.folders import class_names
+from datasets.preprocessing import Form
+from datasets.saved_sets import load_set, read_record, saved_folder, saved_step_size
 from system import files
 from system.process import ReportedError
 
@@ -28,31 +29,32 @@ class DistilledSet(NamedTuple):
 
 
 def load_distilled(path):
-    """The `DistilledSet` of a run's folder, or of a file images_*.pt in it.
+    """The `DistilledSet` of a run's folder, of a file images_*.pt in it, or of an exported set.
 
     Raises ReportedError if the folder has no record of a run, or no such images.
     """
-    folder = saved_folder(path)
-    record = files.read_run(folder)
+    record = read_record(path, "--evaluate")
     if record is None:
         raise ReportedError(
             f"{path} belongs to no run (there is no run.json), so its data set is unknown: read "
             "its tensors with torch.load"
         )
-    flags = record.flags
-    data_path = Path(flags.get("data_path", "data"))
-    form = form_of(flags["dataset"], data_path, flags["im_size"])
-    images, labels = load_set(path, form, flags.get("factor", 1), "--evaluate")
-    source = DATASETS[flags["dataset"]]
-    classes = source.classes if source.num_classes else image_folders(data_path)[0]
+    flags, source = record.flags, DATASETS[record.flags["dataset"]]
+    classes = record.settings.get("classes") or source.classes  # an exported set has its own
+    if not (classes or source.num_classes):
+        classes = class_names(Path(flags.get("data_path", "data")))
+    form = Form(source.num_classes or len(classes), side_of(flags["dataset"], flags["im_size"]))
+    images, labels, _ = load_set(path, form, flags.get("factor", 1), "--evaluate")
     mean, std = None, None
     if not flags["zca"]:
-        mean, std = source.statistics or recorded_statistics(folder)
+        mean, std = source.statistics or recorded_statistics(record, saved_folder(path))
     return DistilledSet(images, labels, saved_step_size(path, "--evaluate"), classes, mean, std)
 
 
-def recorded_statistics(folder):
-    """Mean and standard deviation of each channel, as a run recorded them at its end."""
+def recorded_statistics(record, folder):
+    """Mean and standard deviation of each channel, as an export has them, or a run at its end."""
+    if "mean" in record.settings:
+        return record.settings["mean"], record.settings["std"]
     try:
         data = files.read_json(folder / "results.json", data=dict)["data"]
     except FileNotFoundError:

@@ -29,9 +29,9 @@ def load_image_folder(data_path, im_size):
     return read_pictures(listing, cache, im_size, crop=True)
 
 
-def count_classes(data_path):
-    """The number of classes that `load_image_folder` finds, with the same errors."""
-    return len(parts_of(Walk(data_path).root, data_path)[0].classes)
+def class_names(data_path):
+    """The names of the classes that `load_image_folder` finds, with the same errors."""
+    return tuple(parts_of(Walk(data_path).root, data_path)[0].classes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def parts_of(root, data_path):
         )
     training = [root.folders[name] for name in parts if name.lower() in TRAINING]
     testing = [root.folders[name] for name in parts if name.lower() in TESTING]
-    if not (training and testing):
+    if not (training and testing and training[0].classes):
         raise ReportedError(
             f"--data_path={data_path} holds {', '.join(parts)}, which are no classes: call them "
             "train and test (or val), with a folder per class, or name one of them to have it split"

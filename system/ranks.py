@@ -189,7 +189,7 @@ def pack(item):
 
 
 def unpack(packed):
-    """What `pack` was given, with tensors on the CPU."""
+    """The item that `pack` was given, with tensors on the CPU."""
     buffer = io.BytesIO(packed.numpy().tobytes())
     return torch.load(buffer, map_location="cpu", weights_only=True)
 

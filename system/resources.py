@@ -112,7 +112,7 @@ def free_memory(device):
 
 
 def free_in_group(folder, version):
-    """What a control group may still allocate, in bytes; None: any. Caches of files give way."""
+    """Bytes that a control group may still allocate; None: any. Caches of files give way."""
     if version == 2:
         limits = [number_in(folder / name) for name in ("memory.max", "memory.high")]
         used = number_in(folder / "memory.current")
@@ -128,7 +128,7 @@ def free_in_group(folder, version):
 
 
 def free_by_limit(limit, used):
-    """What a limit of this process (`ulimit`) leaves, in bytes; None: there is none."""
+    """Bytes that a limit of this process leaves, as a shell sets by ulimit; None: there is none."""
     soft, _ = resource.getrlimit(limit)
     used = in_bytes("proc/self/status", used)
     return None if soft == resource.RLIM_INFINITY or used is None else soft - used

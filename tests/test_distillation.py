@@ -352,7 +352,6 @@ def test_images_start_from_different_real_training_images_of_their_class(whole_r
     assert len(images.unique(dim=0)) == 8
 
 
-@pytest.mark.parametrize("canvas_size, side", [(1, 8), (3, 24)])
 def test_noise_needs_no_real_images_of_a_class(start, specks_run, tmp_path):
     """Only random real images to compare with are more than there are."""
     flags = [*specks_run, "--pix_init=noise", "--ipc=15", "--Iteration=1"]
@@ -362,6 +361,7 @@ def test_noise_needs_no_real_images_of_a_class(start, specks_run, tmp_path):
     assert "random real" not in running.output() and "30 distilled images" in running.output()
 
 
+@pytest.mark.parametrize("canvas_size, side", [(1, 8), (3, 24)])
 def test_images_start_from_noise_also_of_the_canvas_size(data, canvas_size, side):
     random = torch.Generator().manual_seed(0)
     images, labels = noise(data, Layout(5, canvas_size=canvas_size), random)

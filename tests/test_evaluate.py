@@ -75,6 +75,7 @@ def test_each_eval_mode_stands_for_its_networks():
         "R": ["MLP", "ResNet18"],
         "M": ["MLP"],
         "C": ["MLP", "ConvNet"],
+        "K": ["MLP", "NTK"],
         "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
         "D": ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
         "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],

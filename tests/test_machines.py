@@ -9,11 +9,13 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluation
+from datasets.preprocessing import Form
 from system import files, process, ranks, resources
 from system.process import ReportedError, Stopped
 from utils import Augment
@@ -179,9 +181,10 @@ class Others(ranks.Ranks):
 
 
 def evaluator_of(monkeypatch, others, evaluate_some):
-    monkeypatch.setattr(evaluation.Evaluator, "evaluate_some", evaluate_some)
+    monkeypatch.setattr(evaluation.Evaluator, "fresh", lambda *_: None)
+    monkeypatch.setattr(evaluation.Evaluator, "train_and_test", evaluate_some)
     return evaluation.Evaluator(
-        data=None,
+        data=SimpleNamespace(form=Form(2, 8)),
         pool={"MLP": None},
         num_eval=2,
         epochs=1,
@@ -199,7 +202,7 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_all(monkeypatch):
     images, labels = torch.zeros(2, 3, 8, 8), torch.arange(2)
 
     def whole(*_):
-        return [evaluation.Tested(*tested[0])]
+        return tested
 
     def stopped(*_):
         raise Stopped(signal.SIGTERM, "")

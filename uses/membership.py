@@ -53,7 +53,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Attack:
-    """What the threshold tells of networks, each with its own members."""
+    """The finds of the threshold on networks, each with its own members."""
 
     trained_on: str
     members: str  # which images are

@@ -119,7 +119,7 @@ def sent(training_set, form):
 
 @dataclass(frozen=True)
 class Row:
-    """What is sent, its size, and the accuracy that it gives."""
+    """A form of a set, its size, and the accuracy that it gives."""
 
     title: str
     size: int  # bytes

@@ -9,7 +9,6 @@ import torch
 import evaluation
 import utils
 from datasets.preprocessing import CORESETS, Layout, coreset
-from datasets.saved_sets import classes_of
 from evaluation import Evaluator
 from system.machine import Machine
 from trajectories import Experts
@@ -75,10 +74,11 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Study:
-    """What a task works on."""
+    """The set that a task works on, and what it is compared with."""
 
     what: str  # the set that --evaluate names
     distilled: TrainingSet
+    classes: torch.Tensor  # of each image (N,), on the CPU
     model: str  # the network that the set was made for
     experts: Experts  # of this network; none, where --buffer_path has none
     place: Machine
@@ -99,14 +99,9 @@ class Study:
         """The seed of networks, as in an evaluation without a task."""
         return self.seed, "saved"
 
-    @property
-    def classes(self):
-        """The class of each image (N,), on the CPU."""
-        return classes_of(self.distilled.labels)[:: self.distilled.tiles].cpu()
-
 
 class Outcome(NamedTuple):
-    """What a task found."""
+    """The result of a task."""
 
     table: str  # to be printed
     content: dict  # of its JSON file

@@ -320,7 +320,7 @@ def measure_objective(device, objective, plain, model, ipc, precision, compile, 
         number = turn * goal.networks.loops.outer  # a fresh network
         run = plain_match if plain else match
         seconds += seconds_of(lambda run=run, n=number: losses.append(float(run(n))), device, 1)
-    return iteration_row(seconds, process.peak_memory(device)) | {"losses": losses}
+    return iteration_row(seconds, resources.peak_memory(device)) | {"losses": losses}
 
 
 MEASURES = {
