@@ -117,7 +117,9 @@ class Walk:
             self.add_folder(folder, path)
         elif name.endswith(OTHER_PICTURES):
             self.others.append(path)
-        elif name.endswith(PICTURES) and path.exists():  # a link may lead nowhere
+        elif (
+            name.endswith(PICTURES) and path.is_file()
+        ):  # a link may lead nowhere; a pipe never ends
             if self.is_repeated(path):
                 folder.has_repeated = True
                 self.repeated.append(path)

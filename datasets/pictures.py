@@ -67,6 +67,7 @@ def read_pictures(listing, cache, im_size, crop=False):
         if not (content and is_of(content, fingerprint, shape, labels, listing.num_test)):
             print(f"reading {len(paths)} pictures; kept in {cache}", flush=True)
             images = decode_pictures(paths, im_size, crop)
+            warn_of_copies(images, paths)
             digest = data_digest(images, labels, listing.num_test)
             content = {"fingerprint": fingerprint, "images": images, "digest": digest}
             files.write_cache(cache, content)
@@ -119,6 +120,21 @@ def decode_pictures(paths, im_size, crop):
     for loss, of in lost.items():
         warnings.warn(f"{len(of)} of {len(paths)} pictures {loss}, for example {of[0]}")
     return images
+
+
+def warn_of_copies(images, paths):
+    """Warn of pictures with the same pixels: some may train a network, and others test it."""
+    first, copies = {}, []
+    for image, path in zip(images, paths):
+        original = first.setdefault(hashlib.sha256(image.numpy()).digest(), path)
+        if original is not path:
+            copies.append((path, original))
+    if copies:
+        path, original = copies[0]
+        warnings.warn(
+            f"{len(copies)} of {len(paths)} pictures have the same pixels as another, for example "
+            f"{path} and {original}: training and test images may share them"
+        )
 
 
 # Tags of TIFF, and the values of the last: unsigned, or not said.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -242,6 +243,19 @@ def test_every_real_file_counts_once(pictures, link):
     with pytest.warns(UserWarning, match="links below .* are left out, as what they lead to"):
         again = folders.load_image_folder(pictures, 16)
     assert again.classes == CLASSES and again.digest == digest
+
+
+def test_copies_of_a_picture_are_named(pictures):
+    shutil.copy(pictures / "town" / "3.png", pictures / "town" / "3 (1).png")
+    with pytest.warns(UserWarning, match=r"1 of 37 pictures have the same pixels .*3 \(1\)\.png"):
+        assert len(folders.load_image_folder(pictures, 16).images) == 37
+
+
+def test_what_is_no_file_is_no_picture(pictures):
+    digest = folders.load_image_folder(pictures, 16).digest
+    os.mkfifo(pictures / "town" / "pipe.png")  # reading it would never end
+    (pictures / "town" / "nothing.png").symlink_to("nowhere")
+    assert folders.load_image_folder(pictures, 16).digest == digest
 
 
 def test_pictures_that_are_only_linked_count(pictures, tmp_path):
