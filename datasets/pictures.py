@@ -103,20 +103,24 @@ def decode_pictures(paths, im_size, crop):
                     pixels = torch.from_numpy(np.array(image))  # (H, W, 3)
                     images[index] = pixels.permute(2, 0, 1)
         except Exception as error:  # Pillow raises whatever a damaged file's bytes trigger
+            losses = []
             fault = f"cannot be decoded ({first_line(error)}): replace it"
-        if fault:
-            raise ReportedError(f"{paths[index]} {fault}")
-        return losses
+        return fault, losses
 
-    lost = {}
+    faults, lost = [], {}
     with ThreadPoolExecutor(available_cores()) as pool, warnings.catch_warnings():
         # Pillow's decoders release the GIL. Its own warnings do not name the file.
         warnings.simplefilter("ignore")
         done = pool.map(decode, range(len(paths)))
         done = progress(done, total=len(paths), desc="decoding pictures", unit="images")
-        for path, losses in zip(paths, done):
+        for path, (fault, losses) in zip(paths, done):
+            if fault:
+                faults.append(f"{path} {fault}")
             for loss in losses:
                 lost.setdefault(loss, []).append(path)
+    if faults:
+        others = f"; {len(faults) - 1} more cannot be used" if len(faults) > 1 else ""
+        raise ReportedError(faults[0] + others)
     for loss, of in lost.items():
         warnings.warn(f"{len(of)} of {len(paths)} pictures {loss}, for example {of[0]}")
     return images

@@ -245,6 +245,14 @@ def test_every_real_file_counts_once(pictures, link):
     assert again.classes == CLASSES and again.digest == digest
 
 
+def test_all_pictures_that_cannot_be_used_are_counted(pictures):
+    for number in range(3):
+        (pictures / "town" / f"{number}.png").write_bytes(b"")
+    message = r"town/0\.png cannot be decoded .*: replace it; 2 more cannot be used$"
+    with pytest.raises(ReportedError, match=message):
+        folders.load_image_folder(pictures, 16)
+
+
 def test_copies_of_a_picture_are_named(pictures):
     shutil.copy(pictures / "town" / "3.png", pictures / "town" / "3 (1).png")
     with pytest.warns(UserWarning, match=r"1 of 37 pictures have the same pixels .*3 \(1\)\.png"):
