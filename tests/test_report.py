@@ -430,3 +430,13 @@ def test_a_picture_is_written_whole_in_the_format_of_its_name(tmp_path):
     content = (tmp_path / "deep" / "a.png").read_bytes()
     assert Image.open(io.BytesIO(content)).format == "PNG"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
+
+
+def test_pages_do_not_overwrite_each_other_where_a_variable_names_one(monkeypatch, tmp_path):
+    ids = []
+    monkeypatch.setattr(wandb_page.wandb, "init", lambda id, **_: ids.append(id))
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    for _ in range(2):
+        wandb_page.Dashboard(tmp_path, "Epoch", "offline")
+    wandb_page.Dashboard(tmp_path, "Progress", "offline", id="of-a-run")
+    assert len(set(ids)) == 3 and "mine" not in ids and ids[2] == "of-a-run"
