@@ -126,7 +126,8 @@ def load_inputs(args):
     """Data, experts and networks, each checked before anything slower is loaded."""
     # Milliseconds: what is known from the flags alone.
     place = machine.set_up(args.device, args.compile, args.amp)
-    form = by_name.form_of(args.dataset, args.data_path, args.im_size)
+    selection = flags.selection_of(args)
+    form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
     check_factor(args.factor, form)
     OBJECTIVES[args.objective].check_ranks(args, form, place.ranks.size)
     batch_syn_of(args, form)
@@ -137,7 +138,7 @@ def load_inputs(args):
     experts = find_experts(args, student)
     print(place, flush=True)
     raw = by_name.read_dataset(
-        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
+        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
     )
     experts.check_settings(raw.settings | {"model": args.model})
 

@@ -11,6 +11,7 @@ import utils
 from datasets import by_name
 from datasets.preprocessing import CORESETS, Data, Layout, check_factor, coreset
 from datasets.saved_sets import check_set, is_saved, load_set, load_targets, saved_folder
+from flags import selection_of
 from run import report
 from run.folder import run_flags
 from run.state import LABELS
@@ -69,7 +70,8 @@ def main(args, settings):
     """
     place = machine.set_up(args.device, args.compile, args.amp)
     print(place, flush=True)
-    form = by_name.form_of(args.dataset, args.data_path, args.im_size)
+    selection = selection_of(args)
+    form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
     check_factor(args.factor, form)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
     saved = None
@@ -83,7 +85,7 @@ def main(args, settings):
             "size to train with, or --search_alpha"
         )
     raw = by_name.read_dataset(
-        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
+        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
     )
     if saved:
         check_set(args.evaluate, saved.images, args.texture, raw.settings, form, "--evaluate")

@@ -7,6 +7,7 @@ import torch
 
 from cli import (
     PRESETS,
+    bands,
     boolean,
     choice,
     count,
@@ -22,7 +23,8 @@ from cli import (
     wandb_name,
 )
 from datasets import saved_sets
-from datasets.by_name import DATASETS, IM_SIZE
+from datasets.bands import RGB
+from datasets.by_name import DATASETS, IM_SIZE, Selection
 from datasets.preprocessing import CORESETS
 from datasets.saved_sets import REAL_SETS, is_saved
 from evaluation import EVAL_POOLS
@@ -58,6 +60,19 @@ def add_data_flags(parser):
     add("--dataset", type=dataset, default="EuroSAT", metavar="NAME", help=", ".join(DATASETS))
     add("--data_path", type=folder_path, default=Path("data"), help="data set and its caches")
     add("--im_size", type=side, help=f"image side, for ImageFolder and ToySAT (default: {IM_SIZE})")
+    add(
+        "--bands",
+        type=bands,
+        default=RGB,
+        metavar="rgb|all|NAMES",
+        help="of GeoTIFFs: B02,B03,B04,B08, for ImageFolder positions as 1,2,3,7",
+    )
+    add(
+        "--fill_nodata",
+        type=number(float, -1e30, below=1e30),
+        metavar="VALUE",
+        help="with --bands: value for NaN and nodata (default: such files are refused)",
+    )
     add("--zca", type=boolean, default=False, help="whiten, instead of normalising channels")
     add(
         "--val_fraction",
@@ -118,6 +133,11 @@ def add_machine_flags(parser):
         help=f"project (default: WANDB_PROJECT, or {WANDB_PROJECT})",
     )
     add("--wandb_entity", type=wandb_name, help="user or team (default: yours)")
+
+
+def selection_of(args):
+    """The part of the data set that flags select."""
+    return Selection(args.bands, args.fill_nodata)
 
 
 def wandb_options(args):

@@ -1,5 +1,6 @@
 """Data sets by name: the table `DATASETS`, and how its rows are read."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,10 +9,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat
-from datasets.folders import count_classes, load_image_folder
+from datasets.bands import ALL, RGB, SENTINEL_2, chosen_bands
+from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat, load_eurosat_bands
+from datasets.folders import count_classes, folder_bands, load_folder_bands, load_image_folder
 from datasets.pictures import Images, data_digest
-from datasets.preprocessing import ZCA_EPS, Form, Raw, channel_statistics, split_dataset
+from datasets.preprocessing import (
+    ZCA_EPS,
+    Form,
+    Raw,
+    band_statistics,
+    channel_statistics,
+    split_dataset,
+    unit_of,
+)
 from datasets.toysat import draw_toysat
 from system import files
 from system.process import ReportedError, first_line
@@ -66,20 +76,39 @@ class DataSet:
     # Mean and standard deviation of each channel, in [0, 1]; None: of the training images.
     statistics: tuple | None = None
     classes: tuple | None = None  # names, where they are known without the data
+    # With --bands: the names of all bands below --data_path, and `Images` that have them all, from
+    # --data_path, their side and --fill_nodata. None: there is nothing but red, green and blue.
+    bands: Callable | None = None
+    load_bands: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The part of a data set that is used, as flags say it."""
+
+    bands: str = RGB  # --bands
+    fill_nodata: float | None = None  # --fill_nodata
+
+
+def sentinel_bands(data_path):
+    """The names of Sentinel-2's bands in EuroSAT's order; `data_path` is not read."""
+    return tuple(SENTINEL_2)
 
 
 EUROSAT_STATISTICS = [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]  # ToySAT's are close
+EUROSAT_BANDS = {"bands": sentinel_bands, "load_bands": load_eurosat_bands}
+FOLDER_BANDS = {"bands": folder_bands, "load_bands": load_folder_bands}
 SATELLITE = {"statistics": EUROSAT_STATISTICS, "classes": CLASS_NAMES}
 CIFAR = {"statistics": ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])}  # MTT's, for both
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
 CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
 
 DATASETS = {  # --dataset
-    "EuroSAT": DataSet(load_eurosat, 10, **SATELLITE),
+    "EuroSAT": DataSet(load_eurosat, 10, **SATELLITE, **EUROSAT_BANDS),
     "ToySAT": DataSet(load_toysat, 10, scales=True, **SATELLITE),
     "CIFAR10": DataSet(partial(load_cifar, "CIFAR10"), 10, 32, **CIFAR, classes=CIFAR10_CLASSES),
     "CIFAR100": DataSet(partial(load_cifar, "CIFAR100"), 100, 32, **CIFAR),
-    "ImageFolder": DataSet(load_image_folder, scales=True),
+    "ImageFolder": DataSet(load_image_folder, scales=True, **FOLDER_BANDS),
 }
 
 
@@ -90,14 +119,50 @@ def is_in_use(data_path):
     )
 
 
-def form_of(dataset, data_path, im_size):
+def form_of(dataset, data_path, im_size, selection=Selection()):
     """The `Form` of a data set, before its images are read; `im_size` None: its own side.
 
-    Raises ReportedError for a side other than its own, unless it scales.
+    Raises ReportedError for a side other than its own, unless it scales, and for unknown bands.
     """
     source = DATASETS[dataset]
     side = side_of(dataset, im_size)
-    return Form(source.num_classes or count_classes(data_path), side)
+    num_classes = source.num_classes or count_classes(data_path)
+    names = bands_of(dataset, data_path, selection)
+    return Form(num_classes, side, len(names) if names else 3)
+
+
+def bands_of(dataset, data_path, selection):
+    """The names of the chosen bands; None: red, green and blue, as pictures have them.
+
+    Raises ReportedError for bands that the data set does not have, and without --bands for
+    --fill_nodata.
+    """
+    if selection.bands == RGB:
+        if selection.fill_nodata is not None:
+            raise ReportedError(
+                f"--fill_nodata={selection.fill_nodata:g} is for GeoTIFFs: give --bands={ALL}, or "
+                "leave it out"
+            )
+        return None
+    source = DATASETS[dataset]
+    if source.bands is None:
+        able = ", ".join(name for name, of in DATASETS.items() if of.bands)
+        raise ReportedError(
+            f"--bands={selection.bands}: {dataset} has no other bands than {RGB}; {able} have"
+        )
+    return chosen_bands(selection.bands, source.bands(data_path), dataset)
+
+
+def check_whitening(zca, form, selection):
+    """Raise ReportedError if --zca is given with other bands, with the size that it would need."""
+    if not zca or selection.bands == RGB:
+        return
+    side = form.channels * form.im_size**2
+    raise ReportedError(
+        f"--zca with --bands={selection.bands}: two matrices of {side:,} x {side:,} numbers "
+        f"({4 * side**2 / 1e9:.1f} GB each): leave --zca out, and each band is normalised by its "
+        "mean and deviation"
+    )
 
 
 def side_of(dataset, im_size):
@@ -111,22 +176,41 @@ def side_of(dataset, im_size):
     return im_size or source.im_size
 
 
-def read_dataset(name, data_path, im_size, val_fraction, zca):
+def read_dataset(name, data_path, im_size, val_fraction, zca, selection=Selection()):
     """Read and split a data set of `DATASETS`: `Raw` images, with the settings of their use.
 
     `im_size` is as in `form_of`. Raises ReportedError if the data is unavailable.
     """
     source = DATASETS[name]
-    side = side_of(name, im_size)
-    read = source.load(data_path, side) if source.scales else source.load(data_path)
+    form = form_of(name, data_path, im_size, selection)
+    check_whitening(zca, form, selection)
+    names = bands_of(name, data_path, selection)
+    if names:
+        read = read_bands(name, data_path, form.im_size, names, selection.fill_nodata)
+    else:
+        read = source.load(data_path, form.im_size) if source.scales else source.load(data_path)
     split = split_dataset(read.labels, val_fraction, read.classes, read.num_test)
     settings = {"dataset": name, "digest": read.digest, "val_fraction": val_fraction, "zca": zca}
     if source.scales:
-        settings["im_size"] = side
-    if zca:
+        settings["im_size"] = form.im_size
+    if names:
+        mean, std = band_statistics(read.images[split.train])
+        unit = unit_of(read.images)
+        settings |= {"bands": list(names), "unit": unit, "mean": mean, "std": std}
+    elif zca:
         settings["zca_eps"] = ZCA_EPS
     else:
         statistics = source.statistics or channel_statistics(read.images[split.train])
         settings |= dict(zip(("mean", "std"), statistics))
     folder = data_path.parent if data_path.is_file() else data_path  # an archive's
     return Raw(read.images, read.labels, split, read.classes, settings, folder)
+
+
+def read_bands(name, data_path, side, names, fill_nodata):
+    """`Images` of a data set with the bands `names`. One cache of all bands serves any choice."""
+    source = DATASETS[name]
+    read = source.load_bands(data_path, side, fill_nodata)
+    known = source.bands(data_path)
+    chosen = [known.index(band) for band in names]
+    digest = hashlib.sha256(repr((read.digest, names)).encode()).hexdigest()[:16]
+    return read._replace(images=read.images[:, chosen], digest=digest)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from datasets.by_name import DATASETS, form_of
+from datasets.bands import RGB
+from datasets.by_name import DATASETS, Selection, form_of
 from datasets.folders import image_folders
 from datasets.saved_sets import load_set, saved_folder, saved_step_size
 from system import files
@@ -41,13 +42,15 @@ def load_distilled(path):
         )
     flags = record.flags
     data_path = Path(flags.get("data_path", "data"))
-    form = form_of(flags["dataset"], data_path, flags["im_size"])
+    selection = Selection(flags.get("bands", RGB), flags.get("fill_nodata"))
+    form = form_of(flags["dataset"], data_path, flags["im_size"], selection)
     images, labels = load_set(path, form, flags.get("factor", 1), "--evaluate")
     source = DATASETS[flags["dataset"]]
     classes = source.classes if source.num_classes else image_folders(data_path)[0]
     mean, std = None, None
     if not flags["zca"]:
-        mean, std = source.statistics or recorded_statistics(folder)
+        known = source.statistics if selection.bands == RGB else None
+        mean, std = known or recorded_statistics(folder)
     return DistilledSet(images, labels, saved_step_size(path, "--evaluate"), classes, mean, std)
 
 

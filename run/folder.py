@@ -21,6 +21,7 @@ COMMANDS = {"log_dir", "run_name", "resume", "evaluate", "task", "export", "pres
 OBSERVING = {"Iteration", "eval_it", "num_eval", "eval_mode", "epoch_eval_train", "batch_real"}
 # Flags that no result depends on, or that the digests of data and experts cover.
 WITHOUT_EFFECT = {"data_path", "buffer_path", "im_size", "checkpoint_every", "device"}
+WITHOUT_EFFECT |= {"bands", "fill_nodata"}
 WITHOUT_EFFECT |= {"load_all", "skip_damaged", "force_save", "unroll_memory", "shard_batch"}
 WITHOUT_EFFECT |= {"wandb_mode", "wandb_project", "wandb_entity"}
 
