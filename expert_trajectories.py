@@ -23,7 +23,7 @@ import trajectories
 import utils
 from cli import Parser, boolean, count, fraction, not_negative, preset_flags
 from datasets import by_name
-from flags import add_shared_flags, selection_of, wandb_options
+from flags import add_shared_flags, check_split, selection_of, wandb_options
 from reparam_module import student_fault
 from run.wandb_page import Dashboard
 from system import files, machine, process
@@ -57,6 +57,7 @@ def make_parser():
 def parse_args():
     parser = make_parser()
     given = parser.given()
+    check_split(parser, given)
     return parser.complete(preset_flags(given.get("preset"), "experts"), given)
 
 

@@ -81,6 +81,12 @@ def add_data_flags(parser):
         metavar="[0,1)",
         help="share of training images that select the best iteration; 0: the test set",
     )
+    add(
+        "--split",
+        type=folder_path,
+        metavar="FILE|FOLDER",
+        help="list of training images, *train.txt beside *val.txt and *test.txt, or their folder",
+    )
     add("--buffer_path", type=folder_path, default=Path("buffers"), help="expert trajectories")
 
 
@@ -137,7 +143,14 @@ def add_machine_flags(parser):
 
 def selection_of(args):
     """The part of the data set that flags select."""
-    return Selection(args.bands, args.fill_nodata)
+    return Selection(args.bands, args.fill_nodata, args.split)
+
+
+def check_split(parser, given):
+    """Refuse --val_fraction beside --split."""
+    if given.get("split") and "val_fraction" in given:
+        reason = "the lists say which images are for validation: leave it out"
+        parser.error(f"--split and --val_fraction={given['val_fraction']}: {reason}")
 
 
 def wandb_options(args):
@@ -363,6 +376,12 @@ def add_output_flags(parser):
     add("--run_name", type=folder_name, help="run's folder (default: from the settings)")
     add("--checkpoint_every", type=count, default=100, help="iterations between checkpoints")
     add("--resume", type=folder_path, help="resume the run in this folder with its own flags")
+    add(
+        "--show_bands",
+        type=bands,
+        metavar="R,G,B",
+        help="three of --bands for pictures (default: B04,B03,B02, or the first three)",
+    )
     add("--force_save", type=boolean, default=False, help="log pictures also from --ipc=50 on")
 
 
@@ -430,6 +449,9 @@ def check_combinations(parser, args):
     if args.task and TASKS[args.task].needs_validation and not args.val_fraction:
         reason = "validation images choose α: give --val_fraction=0.1"
         parser.error(f"--task={args.task} and --val_fraction=0 cannot be combined: {reason}")
+    if args.show_bands and args.bands == RGB:
+        reason = f"pictures show all three bands of --bands={RGB}: leave it out"
+        parser.error(f"--show_bands={args.show_bands}: {reason}")
     if args.zca and args.texture:
         reason = "whitening is fitted to whole images: leave one out"
         parser.error(f"--zca and --texture cannot be combined: {reason}")
@@ -437,6 +459,7 @@ def check_combinations(parser, args):
 
 def check_commands(parser, given):
     """Refuse commands of distillation.py that contradict each other."""
+    check_split(parser, given)
     if "resume" in given:
         if given["resume"].is_file():
             folder = given["resume"].parent

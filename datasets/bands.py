@@ -2,7 +2,6 @@
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ class Band(NamedTuple):
 
 
 # In the order of EuroSAT's files, with B8A last: github.com/phelber/EuroSAT/issues/7. torchgeo had
-# it after B08 until its pull request 2480, and means and deviations by band from before are shifted.
+# it after B08 until its pull request 2480; means and deviations by band from before are shifted.
 SENTINEL_2 = {
     "B01": Band(443, 60, "aerosol"),
     "B02": Band(490, 10, "blue"),
@@ -84,7 +83,12 @@ def open_raster(path):
     try:
         return rasterio.open(path, driver="GTiff")
     except Exception as error:  # GDAL raises whatever a damaged file's bytes trigger
-        raise ReportedError(f"{path} cannot be read ({first_line(error)}): replace it") from None
+        raise damaged(path, error) from None
+
+
+def damaged(path, error):
+    """The ReportedError for a file that GDAL cannot read."""
+    return ReportedError(f"{path} cannot be read ({first_line(error)}): replace it")
 
 
 def count_bands(path):
@@ -116,7 +120,7 @@ def raster_of(raster):
 
 
 def read_rasters(listing, cache, im_size, fill_nodata, count=None):
-    """`Images` of GeoTIFFs with all their bands, in their own type, as `read_pictures` reads others.
+    """`Images` of GeoTIFFs with all their bands, in their own type; cached as pictures are.
 
     fill_nodata  the value for pixels without data (NaN, or the file's nodata); None: refused
     count        the number of bands that a file must have; None: as many as the first one
@@ -129,8 +133,8 @@ def read_rasters(listing, cache, im_size, fill_nodata, count=None):
     check_form(first, form, im_size, count)
     check_fill(fill_nodata, form.dtype)
     version = ("bands", READER, form, fill_nodata)
-    decode = partial(decode_rasters, form=form, fill_nodata=fill_nodata)
-    return read_cached(listing, cache, (form.count, im_size, im_size), version, decode)
+    shape = form.count, im_size, im_size
+    return read_cached(listing, cache, shape, version, decode_rasters, (form, fill_nodata))
 
 
 def check_form(path, form, im_size, count):
@@ -197,7 +201,7 @@ def read_raster(path, form):
             raise ReportedError(f"{path} has {found}, but the first file has {form}: replace it")
         if raster.colorinterp[0].name == "palette":
             raise ReportedError(
-                f"{path} has a palette, whose numbers are no measurements: save its colours as bands"
+                f"{path} has a palette, whose numbers measure nothing: save its colours as bands"
             )
         try:
             pixels = raster.read()

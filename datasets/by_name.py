@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from datasets.bands import ALL, RGB, SENTINEL_2, chosen_bands
 from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat, load_eurosat_bands
 from datasets.folders import count_classes, folder_bands, load_folder_bands, load_image_folder
+from datasets.lists import listed_split
 from datasets.pictures import Images, data_digest
 from datasets.preprocessing import (
     ZCA_EPS,
@@ -22,6 +24,7 @@ from datasets.preprocessing import (
     split_dataset,
     unit_of,
 )
+from datasets.toysat import BANDS as TOYSAT_BANDS
 from datasets.toysat import draw_toysat
 from system import files
 from system.process import ReportedError, first_line
@@ -29,10 +32,29 @@ from system.process import ReportedError, first_line
 
 def load_toysat(data_path, im_size=IM_SIZE, per_class=300):
     """`Images` of ToySAT, a drawn stand-in for EuroSAT; `data_path` is not read."""
-    images, labels = map(torch.from_numpy, draw_toysat(per_class))
     # A version instead of a digest, since the last bit of a sine differs between processors.
     # Increment it with every change to the drawing, so that older experts and caches no longer fit.
-    version = f"toysat-1-{per_class}"
+    return toysat_images(draw_toysat(per_class), f"toysat-1-{per_class}", im_size)
+
+
+def load_toysat_bands(data_path, im_size=IM_SIZE, fill_nodata=None, per_class=300):
+    """The same with all of ToySAT's bands. Raises ReportedError for --fill_nodata."""
+    if fill_nodata is not None:
+        raise ReportedError(
+            f"--fill_nodata={fill_nodata:g}: every pixel of ToySAT has data: leave it out"
+        )
+    drawn = draw_toysat(per_class, bands=len(TOYSAT_BANDS))
+    return toysat_images(drawn, f"toysat-bands-1-{per_class}", im_size)
+
+
+def toysat_bands(data_path):
+    """The names of ToySAT's bands; `data_path` is not read."""
+    return TOYSAT_BANDS
+
+
+def toysat_images(drawn, version, im_size):
+    """`Images` of drawn images and labels, scaled."""
+    images, labels = map(torch.from_numpy, drawn)
     if im_size != IM_SIZE:
         images = F.interpolate(images.float(), size=im_size, mode="area").round().byte()
         version += f"-{im_size}"
@@ -88,6 +110,7 @@ class Selection:
 
     bands: str = RGB  # --bands
     fill_nodata: float | None = None  # --fill_nodata
+    split: Path | None = None  # --split
 
 
 def sentinel_bands(data_path):
@@ -97,6 +120,7 @@ def sentinel_bands(data_path):
 
 EUROSAT_STATISTICS = [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]  # ToySAT's are close
 EUROSAT_BANDS = {"bands": sentinel_bands, "load_bands": load_eurosat_bands}
+DRAWN_BANDS = {"bands": toysat_bands, "load_bands": load_toysat_bands}
 FOLDER_BANDS = {"bands": folder_bands, "load_bands": load_folder_bands}
 SATELLITE = {"statistics": EUROSAT_STATISTICS, "classes": CLASS_NAMES}
 CIFAR = {"statistics": ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])}  # MTT's, for both
@@ -105,7 +129,7 @@ CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
 
 DATASETS = {  # --dataset
     "EuroSAT": DataSet(load_eurosat, 10, **SATELLITE, **EUROSAT_BANDS),
-    "ToySAT": DataSet(load_toysat, 10, scales=True, **SATELLITE),
+    "ToySAT": DataSet(load_toysat, 10, scales=True, **SATELLITE, **DRAWN_BANDS),
     "CIFAR10": DataSet(partial(load_cifar, "CIFAR10"), 10, 32, **CIFAR, classes=CIFAR10_CLASSES),
     "CIFAR100": DataSet(partial(load_cifar, "CIFAR100"), 100, 32, **CIFAR),
     "ImageFolder": DataSet(load_image_folder, scales=True, **FOLDER_BANDS),
@@ -189,7 +213,11 @@ def read_dataset(name, data_path, im_size, val_fraction, zca, selection=Selectio
         read = read_bands(name, data_path, form.im_size, names, selection.fill_nodata)
     else:
         read = source.load(data_path, form.im_size) if source.scales else source.load(data_path)
-    split = split_dataset(read.labels, val_fraction, read.classes, read.num_test)
+    if selection.split:
+        split = listed_split(selection.split, read)
+        read = read._replace(digest=digest_of(read.digest, split))
+    else:
+        split = split_dataset(read.labels, val_fraction, read.classes, read.num_test)
     settings = {"dataset": name, "digest": read.digest, "val_fraction": val_fraction, "zca": zca}
     if source.scales:
         settings["im_size"] = form.im_size
@@ -203,7 +231,16 @@ def read_dataset(name, data_path, im_size, val_fraction, zca, selection=Selectio
         statistics = source.statistics or channel_statistics(read.images[split.train])
         settings |= dict(zip(("mean", "std"), statistics))
     folder = data_path.parent if data_path.is_file() else data_path  # an archive's
-    return Raw(read.images, read.labels, split, read.classes, settings, folder)
+    return Raw(read.images, read.labels, split, read.classes, settings, folder, read.names)
+
+
+def digest_of(digest, split):
+    """The digest of a data set that lists split: another split is other data to all records."""
+    digest = hashlib.sha256(digest.encode())
+    for part in (split.train, split.val, split.test):
+        digest.update(part.numpy())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]
 
 
 def read_bands(name, data_path, side, names, fill_nodata):

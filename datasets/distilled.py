@@ -7,7 +7,7 @@ import torch
 
 from datasets.bands import RGB
 from datasets.by_name import DATASETS, Selection, form_of
-from datasets.folders import image_folders
+from datasets.folders import class_names
 from datasets.saved_sets import load_set, saved_folder, saved_step_size
 from system import files
 from system.process import ReportedError
@@ -44,9 +44,9 @@ def load_distilled(path):
     data_path = Path(flags.get("data_path", "data"))
     selection = Selection(flags.get("bands", RGB), flags.get("fill_nodata"))
     form = form_of(flags["dataset"], data_path, flags["im_size"], selection)
-    images, labels = load_set(path, form, flags.get("factor", 1), "--evaluate")
+    images, labels, _ = load_set(path, form, flags.get("factor", 1), "--evaluate")
     source = DATASETS[flags["dataset"]]
-    classes = source.classes if source.num_classes else image_folders(data_path)[0]
+    classes = source.classes if source.num_classes else class_names(data_path)
     mean, std = None, None
     if not flags["zca"]:
         known = source.statistics if selection.bands == RGB else None

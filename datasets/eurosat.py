@@ -217,7 +217,7 @@ def scratch_folder(parent):
 
 
 def unpack_eurosat(archive, edition):
-    """Unpack the images of EuroSAT's class folders, wherever they are, to a folder beside `archive`.
+    """Unpack the images of EuroSAT's class folders, wherever they are; returns their new folder.
 
     Raises ReportedError for an archive that is damaged, too large, or not EuroSAT's.
     """

@@ -55,7 +55,12 @@ def list_folder(data_path):
 
 def count_classes(data_path):
     """The number of classes that `load_image_folder` finds, with the same errors."""
-    return len(parts_of(Walk(data_path).root, data_path)[0].classes)
+    return len(class_names(data_path))
+
+
+def class_names(data_path):
+    """The names of the classes that `load_image_folder` finds, with the same errors."""
+    return tuple(parts_of(Walk(data_path).root, data_path)[0].classes)
 
 
 # --------------------------------------------------------------------------------------------------

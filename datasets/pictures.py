@@ -5,7 +5,6 @@ import logging
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +56,12 @@ def read_pictures(listing, cache, im_size, crop=False):
 
     Raises ReportedError for a picture that cannot be used.
     """
-    decode = partial(decode_pictures, im_size=im_size, crop=crop)
-    return read_cached(listing, cache, (3, im_size, im_size), READER, decode)
+    shape = 3, im_size, im_size
+    return read_cached(listing, cache, shape, READER, decode_pictures, (im_size, crop))
 
 
-def read_cached(listing, cache, shape, version, decode):
-    """`Images` of a `shape` (C, H, H) that `decode` makes from paths, or from the file `cache`.
+def read_cached(listing, cache, shape, version, decode, options):
+    """`Images` of a `shape` (C, H, H), by `decode(paths, *options)` or from the file `cache`.
 
     The cache is valid as long as the `version` of the reader, no file's name, size or time, nor
     its own pixels change.
@@ -77,7 +76,7 @@ def read_cached(listing, cache, shape, version, decode):
         content = files.read_cache(cache, "fingerprint", "images", "digest")
         if not (content and is_of(content, fingerprint, shape, labels, listing.num_test)):
             print(f"reading {len(paths)} pictures; kept in {cache}", flush=True)
-            images = decode(paths)
+            images = decode(paths, *options)
             digest = data_digest(images, labels, listing.num_test)
             content = {"fingerprint": fingerprint, "images": images, "digest": digest}
             files.write_cache(cache, content)

@@ -33,6 +33,7 @@ class Raw:
     classes: tuple  # names, by label
     settings: dict  # of its preprocessing, which experts and distillation must have in common
     folder: Path  # for caches
+    names: tuple = ()  # of the files; empty: there are none
 
     def preprocessed(self, device):
         """Normalise or whiten the images as the settings say: `Data` on `device`."""
@@ -50,7 +51,8 @@ class Raw:
             (part.to(device), self.labels[chosen].to(device))
             for part, chosen in zip(parts, indices)
         ]
-        return Data(*parts, self.classes, self.settings, whitening)
+        names = [self.names[index] for index in self.split.test.tolist()] if self.names else []
+        return Data(*parts, self.classes, self.settings, whitening, tuple(names))
 
     def normalised(self, chosen):
         """The images `chosen` (n,), normalised: float32. Only they are held twice meanwhile."""
@@ -72,6 +74,7 @@ class Data:
     classes: tuple  # names, by label
     settings: dict  # what experts and distillation must have in common
     zca: kornia.enhance.ZCAWhitening | None
+    test_names: tuple = ()  # files of the test images; empty: there are none
 
     @property
     def device(self):
