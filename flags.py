@@ -85,7 +85,7 @@ def add_data_flags(parser):
         "--split",
         type=folder_path,
         metavar="FILE|FOLDER",
-        help="list of training images, *train.txt beside *val.txt and *test.txt, or their folder",
+        help="list NAME-train.txt (beside NAME-val.txt and NAME-test.txt), or its folder",
     )
     add("--buffer_path", type=folder_path, default=Path("buffers"), help="expert trajectories")
 

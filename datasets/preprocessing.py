@@ -44,18 +44,15 @@ class Raw:
             with files.locked(self.folder, reader=True):
                 cache = self.folder / f"zca_{key}.pt"
                 images, whitening = whiten(self.images, self.split.train, cache, device)
-            parts = [images[chosen] for chosen in indices]
+            parts = [images[chosen].to(device) for chosen in indices]
         else:
-            parts, whitening = [self.normalised(chosen) for chosen in indices], None
-        parts = [
-            (part.to(device), self.labels[chosen].to(device))
-            for part, chosen in zip(parts, indices)
-        ]
+            parts, whitening = [self.normalised(chosen).to(device) for chosen in indices], None
+        parts = [(part, self.labels[i].to(device)) for part, i in zip(parts, indices)]
         names = [self.names[index] for index in self.split.test.tolist()] if self.names else []
         return Data(*parts, self.classes, self.settings, whitening, tuple(names))
 
     def normalised(self, chosen):
-        """The images `chosen` (n,), normalised: float32. Only they are held twice meanwhile."""
+        """The images `chosen` (n,), normalised: float32, on the CPU."""
         shift, scale = channels(self.settings)
         images = self.images[chosen].float()
         return images.div_(unit_of(self.images)).sub_(shift).div_(scale)
