@@ -4,6 +4,7 @@ import argparse
 import math
 import shutil
 
+from datasets.bands import ALL, RGB
 from datasets.by_name import DATASETS
 from networks import ALIASES
 from run.folder import COMMANDS
@@ -86,6 +87,27 @@ dataset = choice(DATASETS, FOLDERS)
 def model(text):
     """The full name of a network."""
     return ALIASES.get(text, text)
+
+
+def bands(text):
+    """Bands as --bands takes them: rgb, all, or names or positions joined by commas."""
+    names = [band_name(part) for part in text.split(",")]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise argparse.ArgumentTypeError(f"band {repeated[0]} is named twice")
+    for word in (RGB, ALL):
+        if word in names and len(names) > 1:
+            raise argparse.ArgumentTypeError(f"{word!r} stands for all of its bands: give it alone")
+    return ",".join(names)
+
+
+def band_name(text):
+    """The name of a band as this project writes it: B04 for b4, B8A for B08A."""
+    name = text.strip().upper()
+    number = name.removeprefix("B").lstrip("0")
+    if not name.startswith("B") or not number.removesuffix("A").isdigit():
+        return text.strip()
+    return f"B{number}" if len(number) > 1 else f"B0{number}"
 
 
 def strategy(text):

@@ -121,13 +121,15 @@ class Inputs(NamedTuple):
     student: ReparamModule
     real_sets: tuple | None  # random real images and labels, a set for each network; None: too few
     evaluator: Evaluator
+    view: report.View = report.RGB_VIEW  # the bands that pictures show
 
 
 def load_inputs(args):
     """Data, experts and networks, each checked before anything slower is loaded."""
     # Milliseconds: what is known from the flags alone.
     place = machine.set_up(args.device, args.compile, args.amp)
-    form = by_name.form_of(args.dataset, args.data_path, args.im_size)
+    selection = flags.selection_of(args)
+    form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
     check_factor(args.factor, form)
     OBJECTIVES[args.objective].check_ranks(args, form, place.ranks.size)
     batch_syn_of(args, form)
@@ -138,12 +140,13 @@ def load_inputs(args):
     experts = find_experts(args, student)
     print(place, flush=True)
     raw = by_name.read_dataset(
-        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
+        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
     )
     experts.check_settings(raw.settings | {"model": args.model})
 
     # Minutes, where images are whitened for the first time.
     data = raw.preprocessed(place.device)
+    view = report.view_of(data, args.show_bands)
     if OBJECTIVES[args.objective].needs_experts:
         experts.warn_of_few_steps(args.syn_steps, args.expert_epochs, len(data.train[1]))
     layout = Layout(args.ipc, args.factor)
@@ -151,7 +154,7 @@ def load_inputs(args):
     with suppress(ReportedError):  # too few images of a class, which noise does not need
         real_sets = evaluation.random_real_sets(data, layout, args.num_eval, args.seed)
     evaluator = evaluation.make_evaluator(args, data, pool, place)
-    return Inputs(place, data, experts, student, real_sets, evaluator)
+    return Inputs(place, data, experts, student, real_sets, evaluator, view)
 
 
 def find_experts(args, student):
@@ -255,7 +258,7 @@ def is_kept(args, state):
     return state.evaluations.latest_is_best or it % 1000 == 0 or it == args.Iteration
 
 
-def show_evaluation(args, run, state, data):
+def show_evaluation(args, run, state, data, view=report.RGB_VIEW):
     """Print the latest evaluation, write its files, and return what Weights & Biases shows."""
     it, rows = len(state.losses), state.evaluations.comparable
     process.write_line(report.evaluation_lines(rows[-1]))
@@ -264,13 +267,18 @@ def show_evaluation(args, run, state, data):
     of_each = len(state.label_syn) // len(images)
     names = [data.classes[label] for label in state.label_syn[::of_each].tolist()]
     title = f"{title_of(args)}, iteration {it}"
-    grid = report.draw_grid(report.clip(pixels), names, title, pixels=True)
+    shown = view.of_pixels(pixels)
+    grid = report.draw_grid(shown, names, title, pixels=True)
     report.save_picture(run.folder / f"grid_{it:06d}.png", grid)
     log = wandb_page.score_log(rows)
     if is_kept(args, state):
         run.save_set(state, pixels if data.zca else None)
         log["Pixels"] = wandb_page.histogram(images)
-        if args.ipc < 50 or args.force_save:
+        if not (args.ipc < 50 or args.force_save):
+            return log
+        if view.is_stretched:
+            log |= wandb_page.band_log(images, shown, names, title)
+        else:
             views = {"Synthetic": images} | ({"Reconstructed": pixels} if data.zca else {})
             log |= wandb_page.picture_log(views, names, title)
     return log
@@ -376,6 +384,7 @@ def main():
             return
         dashboard = open_dashboard(args, run, settings)
         print_opening(run, state, inputs.experts, dashboard)
+        run.save_test_names(data.test_names)
         with saved_if_stopped(run, state, dashboard):
             if inputs.real_sets is None:
                 warnings.warn(f"a class has fewer than {args.ipc} real images to compare with")
@@ -401,7 +410,7 @@ def main():
                     scores = evaluator(state.images, state.labels, state.alpha, key, state.targets)
                     state.add_evaluation(scores, evaluator.epochs)
                     if ranks.is_first:
-                        log |= show_evaluation(args, run, state, data)
+                        log |= show_evaluation(args, run, state, data, inputs.view)
                         run.save_results(facts_about(inputs, settings), state)
                         if curves_due.due():
                             report.save_curves(run.folder / "curves.png", curves_of(args, state))

@@ -9,8 +9,10 @@ import evaluation
 import trajectories
 import utils
 from datasets import by_name
+from datasets.bands import write_raster
 from datasets.preprocessing import CORESETS, Data, Layout, check_factor, coreset
 from datasets.saved_sets import check_set, is_saved, load_set, load_targets, saved_folder
+from flags import selection_of
 from run import report
 from run.folder import run_flags
 from run.state import LABELS
@@ -69,7 +71,8 @@ def main(args, settings):
     """
     place = machine.set_up(args.device, args.compile, args.amp)
     print(place, flush=True)
-    form = by_name.form_of(args.dataset, args.data_path, args.im_size)
+    selection = selection_of(args)
+    form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
     check_factor(args.factor, form)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
     saved = None
@@ -83,7 +86,7 @@ def main(args, settings):
             "size to train with, or --search_alpha"
         )
     raw = by_name.read_dataset(
-        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
+        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
     )
     if saved:
         check_set(args.evaluate, saved.images, args.texture, raw.settings, form, "--evaluate")
@@ -194,32 +197,45 @@ def run_task(args, settings, study):
 def export_set(args, saved, syn_lr, data: Data):
     """Write a saved set for other tools: PNGs in class folders, and dd_ranking.pt.
 
-    The PNGs are for viewing: clipped and scaled, tiles enlarged. DD-Ranking's dictionary has what
-    networks learn from, and the record of the run, so that --evaluate takes it as it was. Raises
-    ReportedError if the folder already has an exported set.
+    The PNGs are for viewing: clipped and scaled, tiles enlarged, three of the bands. With --bands,
+    bands/ has GeoTIFFs of them all, in the numbers of the data's own files. DD-Ranking's dictionary
+    has what networks learn from, and the record of the run, so that --evaluate takes it as it was.
+    Raises ReportedError if the folder already has an exported set.
 
     Every class has a folder, so that `ImageFolder` numbers them alike.
     """
     folder = args.export
-    for there in (folder / "images", folder / "dd_ranking.pt"):
+    for there in (folder / "images", folder / "bands", folder / "dd_ranking.pt"):
         if there.exists():
             raise ReportedError(
                 f"--export={folder}: {there.name} is there already: remove it, or name another "
                 "folder"
             )
     images = utils.decode(saved.images, args.factor)
-    pixels = report.clip(data.to_pixels(images))
+    pixels = data.to_pixels(images)
+    shown = report.view_of(data, args.show_bands).of_pixels(pixels)
     for label, name in enumerate(data.classes):
         (folder / "images" / name).mkdir(parents=True)
-        for number, image in enumerate(pixels[saved.classes == label]):
+        for number, image in enumerate(shown[saved.classes == label]):
             path = folder / "images" / name / f"{number:04d}.png"
             report.save_picture(path, report.draw_image(image, pixels=True))
+    if "bands" in data.settings:
+        export_bands(folder / "bands", pixels, saved.classes, data)
     content = {"image_tensor": images, "hard_labels": saved.classes, "syn_lr": syn_lr}
     if saved.labels.dim() == 2:
         content["soft_labels"] = saved.labels
     content["record"] = json.dumps(exported_record(args, data))
     files.write_tensors(folder / "dd_ranking.pt", content)
     print(f"{len(images)} images exported to {folder}")
+
+
+def export_bands(folder, pixels, classes, data):
+    """Write images (N, C, H, W) as GeoTIFFs of float32 in class folders, with names of bands."""
+    for label, name in enumerate(data.classes):
+        (folder / name).mkdir(parents=True)
+        for number, image in enumerate(pixels[classes == label]):
+            numbers = image * data.settings["unit"]
+            write_raster(folder / name / f"{number:04d}.tif", numbers, data.settings["bands"])
 
 
 def exported_record(args, data):

@@ -103,7 +103,7 @@ class Evaluator:
     def __call__(self, images, labels, syn_lr, key, targets=None):
         """Scores by the network's name.
 
-        images  (N, 3, H, H), or (num_eval, N, 3, H, H), a set for each network
+        images  (N, C, H, H), or (num_eval, N, C, H, H), a set for each network
         labels  classes (n,), or probabilities (n, classes) of the n images or, with a `factor`,
                 tiles; with a set for each network, (num_eval, ...)
         syn_lr  α, the learning rate to train with
@@ -249,7 +249,7 @@ class Evaluator:
     def train_together(self, step, networks, train, syn_lr, generators):
         """The same as `evaluate_synset`, for K networks at once, each with its own draws.
 
-        `step` is `sgd_step` for these networks. `train` holds a set for each: images (K, N, 3, H,
+        `step` is `sgd_step` for these networks. `train` holds a set for each: images (K, N, C, H,
         H), and labels (K, N) or (K, N, classes).
         """
         images, labels = train

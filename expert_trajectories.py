@@ -23,7 +23,7 @@ import trajectories
 import utils
 from cli import Parser, boolean, count, fraction, not_negative, preset_flags
 from datasets import by_name
-from flags import add_shared_flags, wandb_options
+from flags import add_shared_flags, check_split, selection_of, wandb_options
 from reparam_module import student_fault
 from run.wandb_page import Dashboard
 from system import files, machine, process
@@ -57,6 +57,7 @@ def make_parser():
 def parse_args():
     parser = make_parser()
     given = parser.given()
+    check_split(parser, given)
     return parser.complete(preset_flags(given.get("preset"), "experts"), given)
 
 
@@ -190,7 +191,8 @@ def main():
     args = parse_args()
     place = machine.set_up(args.device, args.compile, args.amp)
     print(place, flush=True)
-    form = by_name.form_of(args.dataset, args.data_path, args.im_size)
+    selection = selection_of(args)
+    form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
     # An unknown network is refused here, before the data are loaded.
     network = utils.initial_network(args.model, form, utils.make_generator(0), place.device)
     if fault := student_fault(network):
@@ -201,7 +203,7 @@ def main():
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     seeds_in(folder, training | {"val_fraction": args.val_fraction})
     raw = by_name.read_dataset(
-        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca
+        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
     )
     settings = raw.settings | {"model": args.model}
     seeds_in(folder, settings | training)

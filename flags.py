@@ -7,6 +7,7 @@ import torch
 
 from cli import (
     PRESETS,
+    bands,
     boolean,
     choice,
     count,
@@ -22,7 +23,8 @@ from cli import (
     wandb_name,
 )
 from datasets import saved_sets
-from datasets.by_name import DATASETS, IM_SIZE
+from datasets.bands import RGB
+from datasets.by_name import DATASETS, IM_SIZE, Selection
 from datasets.preprocessing import CORESETS
 from datasets.saved_sets import REAL_SETS, is_saved
 from evaluation import EVAL_POOLS
@@ -58,6 +60,19 @@ def add_data_flags(parser):
     add("--dataset", type=dataset, default="EuroSAT", metavar="NAME", help=", ".join(DATASETS))
     add("--data_path", type=folder_path, default=Path("data"), help="data set and its caches")
     add("--im_size", type=side, help=f"image side, for ImageFolder and ToySAT (default: {IM_SIZE})")
+    add(
+        "--bands",
+        type=bands,
+        default=RGB,
+        metavar="rgb|all|NAMES",
+        help="of GeoTIFFs: B02,B03,B04,B08, for ImageFolder positions as 1,2,3,7",
+    )
+    add(
+        "--fill_nodata",
+        type=number(float, -1e30, below=1e30),
+        metavar="VALUE",
+        help="with --bands: value for NaN and nodata (default: such files are refused)",
+    )
     add("--zca", type=boolean, default=False, help="whiten, instead of normalising channels")
     add(
         "--val_fraction",
@@ -65,6 +80,12 @@ def add_data_flags(parser):
         default=0.1,
         metavar="[0,1)",
         help="share of training images that select the best iteration; 0: the test set",
+    )
+    add(
+        "--split",
+        type=folder_path,
+        metavar="FILE|FOLDER",
+        help="list NAME-train.txt (beside NAME-val.txt and NAME-test.txt), or its folder",
     )
     add("--buffer_path", type=folder_path, default=Path("buffers"), help="expert trajectories")
 
@@ -118,6 +139,18 @@ def add_machine_flags(parser):
         help=f"project (default: WANDB_PROJECT, or {WANDB_PROJECT})",
     )
     add("--wandb_entity", type=wandb_name, help="user or team (default: yours)")
+
+
+def selection_of(args):
+    """The part of the data set that flags select."""
+    return Selection(args.bands, args.fill_nodata, args.split)
+
+
+def check_split(parser, given):
+    """Refuse --val_fraction beside --split."""
+    if given.get("split") and "val_fraction" in given:
+        reason = "the lists say which images are for validation: leave it out"
+        parser.error(f"--split and --val_fraction={given['val_fraction']}: {reason}")
 
 
 def wandb_options(args):
@@ -343,6 +376,12 @@ def add_output_flags(parser):
     add("--run_name", type=folder_name, help="run's folder (default: from the settings)")
     add("--checkpoint_every", type=count, default=100, help="iterations between checkpoints")
     add("--resume", type=folder_path, help="resume the run in this folder with its own flags")
+    add(
+        "--show_bands",
+        type=bands,
+        metavar="R,G,B",
+        help="three of --bands for pictures (default: B04,B03,B02, or the first three)",
+    )
     add("--force_save", type=boolean, default=False, help="log pictures also from --ipc=50 on")
 
 
@@ -410,6 +449,9 @@ def check_combinations(parser, args):
     if args.task and TASKS[args.task].needs_validation and not args.val_fraction:
         reason = "validation images choose α: give --val_fraction=0.1"
         parser.error(f"--task={args.task} and --val_fraction=0 cannot be combined: {reason}")
+    if args.show_bands and args.bands == RGB:
+        reason = f"pictures show all three bands of --bands={RGB}: leave it out"
+        parser.error(f"--show_bands={args.show_bands}: {reason}")
     if args.zca and args.texture:
         reason = "whitening is fitted to whole images: leave one out"
         parser.error(f"--zca and --texture cannot be combined: {reason}")
@@ -417,6 +459,7 @@ def check_combinations(parser, args):
 
 def check_commands(parser, given):
     """Refuse commands of distillation.py that contradict each other."""
+    check_split(parser, given)
     if "resume" in given:
         if given["resume"].is_file():
             folder = given["resume"].parent

@@ -234,7 +234,7 @@ class Experts:
 
     @torch.no_grad()
     def logits(self, student, images, epoch=None):
-        """The mean logits (B, classes) of all experts, on images (B, 3, H, H).
+        """The mean logits (B, classes) of all experts, on images (B, C, H, H).
 
         student  a `ReparamModule` of their network
         epoch    after which they are asked; None: each after its last. With few images, those of

@@ -1,17 +1,30 @@
 """Data sets by name: the table `DATASETS`, and how its rows are read."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat
-from datasets.folders import class_names, load_image_folder
+from datasets.bands import ALL, RGB, SENTINEL_2, chosen_bands
+from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat, load_eurosat_bands
+from datasets.folders import class_names, folder_bands, load_folder_bands, load_image_folder
+from datasets.lists import listed_split
 from datasets.pictures import Images, data_digest
-from datasets.preprocessing import ZCA_EPS, Form, Raw, channel_statistics, split_dataset
+from datasets.preprocessing import (
+    ZCA_EPS,
+    Form,
+    Raw,
+    band_statistics,
+    channel_statistics,
+    split_dataset,
+    unit_of,
+)
+from datasets.toysat import BANDS as TOYSAT_BANDS
 from datasets.toysat import draw_toysat
 from system import files
 from system.process import ReportedError, first_line
@@ -19,10 +32,29 @@ from system.process import ReportedError, first_line
 
 def load_toysat(data_path, im_size=IM_SIZE, per_class=300):
     """`Images` of ToySAT, a drawn stand-in for EuroSAT; `data_path` is not read."""
-    images, labels = map(torch.from_numpy, draw_toysat(per_class))
     # A version instead of a digest, since the last bit of a sine differs between processors.
     # Increment it with every change to the drawing, so that older experts and caches no longer fit.
-    version = f"toysat-1-{per_class}"
+    return toysat_images(draw_toysat(per_class), f"toysat-1-{per_class}", im_size)
+
+
+def load_toysat_bands(data_path, im_size=IM_SIZE, fill_nodata=None, per_class=300):
+    """The same with all of ToySAT's bands. Raises ReportedError for --fill_nodata."""
+    if fill_nodata is not None:
+        raise ReportedError(
+            f"--fill_nodata={fill_nodata:g}: every pixel of ToySAT has data: leave it out"
+        )
+    drawn = draw_toysat(per_class, bands=len(TOYSAT_BANDS))
+    return toysat_images(drawn, f"toysat-bands-1-{per_class}", im_size)
+
+
+def toysat_bands(data_path):
+    """The names of ToySAT's bands; `data_path` is not read."""
+    return TOYSAT_BANDS
+
+
+def toysat_images(drawn, version, im_size):
+    """`Images` of drawn images and labels, scaled."""
+    images, labels = map(torch.from_numpy, drawn)
     if im_size != IM_SIZE:
         images = F.interpolate(images.float(), size=im_size, mode="area").round().byte()
         version += f"-{im_size}"
@@ -66,20 +98,41 @@ class DataSet:
     # Mean and standard deviation of each channel, in [0, 1]; None: of the training images.
     statistics: tuple | None = None
     classes: tuple | None = None  # names, where they are known without the data
+    # With --bands: the names of all bands below --data_path, and `Images` that have them all, from
+    # --data_path, their side and --fill_nodata. None: there is nothing but red, green and blue.
+    bands: Callable | None = None
+    load_bands: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The part of a data set that is used, as flags say it."""
+
+    bands: str = RGB  # --bands
+    fill_nodata: float | None = None  # --fill_nodata
+    split: Path | None = None  # --split
+
+
+def sentinel_bands(data_path):
+    """The names of Sentinel-2's bands in EuroSAT's order; `data_path` is not read."""
+    return tuple(SENTINEL_2)
 
 
 EUROSAT_STATISTICS = [0.344, 0.380, 0.407], [0.202, 0.136, 0.115]  # ToySAT's are close
+EUROSAT_BANDS = {"bands": sentinel_bands, "load_bands": load_eurosat_bands}
+DRAWN_BANDS = {"bands": toysat_bands, "load_bands": load_toysat_bands}
+FOLDER_BANDS = {"bands": folder_bands, "load_bands": load_folder_bands}
 SATELLITE = {"statistics": EUROSAT_STATISTICS, "classes": CLASS_NAMES}
 CIFAR = {"statistics": ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])}  # MTT's, for both
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
 CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
 
 DATASETS = {  # --dataset
-    "EuroSAT": DataSet(load_eurosat, 10, **SATELLITE),
-    "ToySAT": DataSet(load_toysat, 10, scales=True, **SATELLITE),
+    "EuroSAT": DataSet(load_eurosat, 10, **SATELLITE, **EUROSAT_BANDS),
+    "ToySAT": DataSet(load_toysat, 10, scales=True, **SATELLITE, **DRAWN_BANDS),
     "CIFAR10": DataSet(partial(load_cifar, "CIFAR10"), 10, 32, **CIFAR, classes=CIFAR10_CLASSES),
     "CIFAR100": DataSet(partial(load_cifar, "CIFAR100"), 100, 32, **CIFAR),
-    "ImageFolder": DataSet(load_image_folder, scales=True),
+    "ImageFolder": DataSet(load_image_folder, scales=True, **FOLDER_BANDS),
 }
 
 
@@ -90,14 +143,50 @@ def is_in_use(data_path):
     )
 
 
-def form_of(dataset, data_path, im_size):
+def form_of(dataset, data_path, im_size, selection=Selection()):
     """The `Form` of a data set, before its images are read; `im_size` None: its own side.
 
-    Raises ReportedError for a side other than its own, unless it scales.
+    Raises ReportedError for a side other than its own, unless it scales, and for unknown bands.
     """
     source = DATASETS[dataset]
     side = side_of(dataset, im_size)
-    return Form(source.num_classes or len(class_names(data_path)), side)
+    num_classes = source.num_classes or len(class_names(data_path))
+    names = bands_of(dataset, data_path, selection)
+    return Form(num_classes, side, len(names) if names else 3)
+
+
+def bands_of(dataset, data_path, selection):
+    """The names of the chosen bands; None: red, green and blue, as pictures have them.
+
+    Raises ReportedError for bands that the data set does not have, and without --bands for
+    --fill_nodata.
+    """
+    if selection.bands == RGB:
+        if selection.fill_nodata is not None:
+            raise ReportedError(
+                f"--fill_nodata={selection.fill_nodata:g} is for GeoTIFFs: give --bands={ALL}, or "
+                "leave it out"
+            )
+        return None
+    source = DATASETS[dataset]
+    if source.bands is None:
+        able = ", ".join(name for name, of in DATASETS.items() if of.bands)
+        raise ReportedError(
+            f"--bands={selection.bands}: {dataset} has no other bands than {RGB}; {able} have"
+        )
+    return chosen_bands(selection.bands, source.bands(data_path), dataset)
+
+
+def check_whitening(zca, form, selection):
+    """Raise ReportedError if --zca is given with other bands, with the size that it would need."""
+    if not zca or selection.bands == RGB:
+        return
+    side = form.channels * form.im_size**2
+    raise ReportedError(
+        f"--zca with --bands={selection.bands}: two matrices of {side:,} x {side:,} numbers "
+        f"({4 * side**2 / 1e9:.1f} GB each): leave --zca out, and each band is normalised by its "
+        "mean and deviation"
+    )
 
 
 def side_of(dataset, im_size):
@@ -111,22 +200,54 @@ def side_of(dataset, im_size):
     return im_size or source.im_size
 
 
-def read_dataset(name, data_path, im_size, val_fraction, zca):
+def read_dataset(name, data_path, im_size, val_fraction, zca, selection=Selection()):
     """Read and split a data set of `DATASETS`: `Raw` images, with the settings of their use.
 
     `im_size` is as in `form_of`. Raises ReportedError if the data is unavailable.
     """
     source = DATASETS[name]
-    side = side_of(name, im_size)
-    read = source.load(data_path, side) if source.scales else source.load(data_path)
-    split = split_dataset(read.labels, val_fraction, read.classes, read.num_test)
+    form = form_of(name, data_path, im_size, selection)
+    check_whitening(zca, form, selection)
+    names = bands_of(name, data_path, selection)
+    if names:
+        read = read_bands(name, data_path, form.im_size, names, selection.fill_nodata)
+    else:
+        read = source.load(data_path, form.im_size) if source.scales else source.load(data_path)
+    if selection.split:
+        split = listed_split(selection.split, read)
+        read = read._replace(digest=digest_of(read.digest, split))
+    else:
+        split = split_dataset(read.labels, val_fraction, read.classes, read.num_test)
     settings = {"dataset": name, "digest": read.digest, "val_fraction": val_fraction, "zca": zca}
     if source.scales:
-        settings["im_size"] = side
-    if zca:
+        settings["im_size"] = form.im_size
+    if names:
+        mean, std = band_statistics(read.images[split.train])
+        unit = unit_of(read.images)
+        settings |= {"bands": list(names), "unit": unit, "mean": mean, "std": std}
+    elif zca:
         settings["zca_eps"] = ZCA_EPS
     else:
         statistics = source.statistics or channel_statistics(read.images[split.train])
         settings |= dict(zip(("mean", "std"), statistics))
     folder = data_path.parent if data_path.is_file() else data_path  # an archive's
-    return Raw(read.images, read.labels, split, read.classes, settings, folder)
+    return Raw(read.images, read.labels, split, read.classes, settings, folder, read.names)
+
+
+def digest_of(digest, split):
+    """The digest of a data set that lists split: another split is other data to all records."""
+    digest = hashlib.sha256(digest.encode())
+    for part in (split.train, split.val, split.test):
+        digest.update(part.numpy())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]
+
+
+def read_bands(name, data_path, side, names, fill_nodata):
+    """`Images` of a data set with the bands `names`. One cache of all bands serves any choice."""
+    source = DATASETS[name]
+    read = source.load_bands(data_path, side, fill_nodata)
+    known = source.bands(data_path)
+    chosen = [known.index(band) for band in names]
+    digest = hashlib.sha256(repr((read.digest, names)).encode()).hexdigest()[:16]
+    return read._replace(images=read.images[:, chosen], digest=digest)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from datasets.by_name import DATASETS, side_of
+from datasets.bands import RGB
+from datasets.by_name import DATASETS, Selection, bands_of, side_of
 from datasets.folders import class_names
 from datasets.preprocessing import Form
 from datasets.saved_sets import load_set, read_record, saved_folder, saved_step_size
@@ -40,14 +41,19 @@ def load_distilled(path):
             "its tensors with torch.load"
         )
     flags, source = record.flags, DATASETS[record.flags["dataset"]]
+    data_path = Path(flags.get("data_path", "data"))
     classes = record.settings.get("classes") or source.classes  # an exported set has its own
     if not (classes or source.num_classes):
-        classes = class_names(Path(flags.get("data_path", "data")))
-    form = Form(source.num_classes or len(classes), side_of(flags["dataset"], flags["im_size"]))
+        classes = class_names(data_path)
+    selection = Selection(flags.get("bands", RGB), flags.get("fill_nodata"))
+    names = record.settings.get("bands") or bands_of(flags["dataset"], data_path, selection)
+    side = side_of(flags["dataset"], flags["im_size"])
+    form = Form(source.num_classes or len(classes), side, len(names) if names else 3)
     images, labels, _ = load_set(path, form, flags.get("factor", 1), "--evaluate")
     mean, std = None, None
     if not flags["zca"]:
-        mean, std = source.statistics or recorded_statistics(record, saved_folder(path))
+        known = source.statistics if selection.bands == RGB else None
+        mean, std = known or recorded_statistics(record, saved_folder(path))
     return DistilledSet(images, labels, saved_step_size(path, "--evaluate"), classes, mean, std)
 
 

@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from datasets.bands import count_bands, read_rasters
 from datasets.pictures import Listing, read_pictures
 from system.process import ReportedError, first_line
 
@@ -18,15 +19,38 @@ def load_image_folder(data_path, im_size):
     Pictures are scaled to cover the square, then centre-cropped. Raises ReportedError if a class
     has none, or if one cannot be decoded.
     """
+    listing = list_folder(data_path)
+    cache = data_path / f"imagefolder_{im_size}_cache.pt"
+    return read_pictures(listing, cache, im_size, crop=True)
+
+
+def load_folder_bands(data_path, im_size, fill_nodata):
+    """`Images` of the same folders with all bands of their GeoTIFFs, in the type of the files.
+
+    Nothing is scaled or cropped. Raises ReportedError for a file that is no GeoTIFF, or differs
+    from the first one.
+    """
+    listing = list_folder(data_path)
+    cache = data_path / f"imagefolder_{im_size}_bands_cache.pt"
+    return read_rasters(listing, cache, im_size, fill_nodata)
+
+
+def folder_bands(data_path):
+    """The bands of the GeoTIFFs in class folders by position, "1" to the first file's last."""
+    listing = list_folder(data_path)
+    count = count_bands(listing.folder / listing.paths[0])
+    return tuple(str(number) for number in range(1, count + 1))
+
+
+def list_folder(data_path):
+    """The `Listing` of all pictures in class folders; warns of what is left out."""
     walk = Walk(data_path)
     parts = parts_of(walk.root, data_path)
     samples = [samples_of(part, data_path) for part in parts]
     walk.warn_of_left_out()
     paths, labels = zip(*(sample for part in samples for sample in part))
     num_test = len(samples[1]) if len(samples) > 1 else None
-    listing = Listing(data_path, paths, labels, tuple(parts[0].classes), num_test)
-    cache = data_path / f"imagefolder_{im_size}_cache.pt"
-    return read_pictures(listing, cache, im_size, crop=True)
+    return Listing(data_path, paths, labels, tuple(parts[0].classes), num_test)
 
 
 def class_names(data_path):

@@ -20,11 +20,12 @@ from system.resources import available_cores
 class Images(NamedTuple):
     """A data set as it is read."""
 
-    images: torch.Tensor  # uint8 (N, 3, H, H)
+    images: torch.Tensor  # (N, C, H, H): uint8, or the type of GeoTIFFs
     labels: torch.Tensor  # int64 (N,)
     digest: str  # identifies the data set in records
     classes: tuple  # names, by label
     num_test: int | None = None  # images of an official test set, which come last
+    names: tuple = ()  # of the files, with the folders of their classes; empty: there are none
 
 
 def data_digest(images, labels, num_test=None):
@@ -53,26 +54,35 @@ READER = 2
 def read_pictures(listing, cache, im_size, crop=False):
     """`Images` with sides of `im_size` pixels, from picture files or from the file `cache`.
 
-    The cache is valid as long as no picture's name, size or time changes, nor its own pixels.
     Raises ReportedError for a picture that cannot be used.
+    """
+    shape = 3, im_size, im_size
+    return read_cached(listing, cache, shape, READER, decode_pictures, (im_size, crop))
+
+
+def read_cached(listing, cache, shape, version, decode, options):
+    """`Images` of a `shape` (C, H, H), by `decode(paths, *options)` or from the file `cache`.
+
+    The cache is valid as long as the `version` of the reader, no file's name, size or time, nor
+    its own pixels change.
     """
     with files.locked(cache.parent, reader=True):  # one process decodes, others read its cache
         paths = [listing.folder / path for path in listing.paths]
         stats = [os.stat(path) for path in paths]
         known = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(listing.paths, stats)]
-        fingerprint = hashlib.sha256(repr((READER, known)).encode()).hexdigest()
+        fingerprint = hashlib.sha256(repr((version, known)).encode()).hexdigest()
         labels = torch.tensor(listing.labels)
-        shape = len(paths), 3, im_size, im_size
+        shape = len(paths), *shape
         content = files.read_cache(cache, "fingerprint", "images", "digest")
         if not (content and is_of(content, fingerprint, shape, labels, listing.num_test)):
             print(f"reading {len(paths)} pictures; kept in {cache}", flush=True)
-            images = decode_pictures(paths, im_size, crop)
+            images = decode(paths, *options)
             warn_of_copies(images, paths)
             digest = data_digest(images, labels, listing.num_test)
             content = {"fingerprint": fingerprint, "images": images, "digest": digest}
             files.write_cache(cache, content)
-    images, digest = content["images"], content["digest"]
-    return Images(images, labels, digest, listing.classes, listing.num_test)
+    images, digest, names = content["images"], content["digest"], tuple(listing.paths)
+    return Images(images, labels, digest, listing.classes, listing.num_test, names)
 
 
 def is_of(content, fingerprint, shape, labels, num_test):

@@ -27,29 +27,35 @@ class Form(NamedTuple):
 class Raw:
     """A data set as it was read."""
 
-    images: torch.Tensor  # uint8 (N, C, H, H)
+    images: torch.Tensor  # (N, C, H, H), uint8, or the type of GeoTIFFs
     labels: torch.Tensor  # int64 (N,)
     split: "Split"
     classes: tuple  # names, by label
     settings: dict  # of its preprocessing, which experts and distillation must have in common
     folder: Path  # for caches
+    names: tuple = ()  # of the files; empty: there are none
 
     def preprocessed(self, device):
         """Normalise or whiten the images as the settings say: `Data` on `device`."""
+        indices = (self.split.train, self.split.val, self.split.test)
         if self.settings["zca"]:
             key = hashlib.sha256(repr(sorted(self.settings.items())).encode()).hexdigest()[:16]
             # One process whitens, others read its cache.
             with files.locked(self.folder, reader=True):
                 cache = self.folder / f"zca_{key}.pt"
                 images, whitening = whiten(self.images, self.split.train, cache, device)
+            parts = [images[chosen].to(device) for chosen in indices]
         else:
-            shift, scale = channels(self.settings)
-            images, whitening = self.images.float().div_(255).sub_(shift).div_(scale), None
-        parts = [
-            (images[indices].to(device), self.labels[indices].to(device))
-            for indices in (self.split.train, self.split.val, self.split.test)
-        ]
-        return Data(*parts, self.classes, self.settings, whitening)
+            parts, whitening = [self.normalised(chosen).to(device) for chosen in indices], None
+        parts = [(part, self.labels[i].to(device)) for part, i in zip(parts, indices)]
+        names = [self.names[index] for index in self.split.test.tolist()] if self.names else []
+        return Data(*parts, self.classes, self.settings, whitening, tuple(names))
+
+    def normalised(self, chosen):
+        """The images `chosen` (n,), normalised: float32, on the CPU."""
+        shift, scale = channels(self.settings)
+        images = self.images[chosen].float()
+        return images.div_(unit_of(self.images)).sub_(shift).div_(scale)
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Data:
     classes: tuple  # names, by label
     settings: dict  # what experts and distillation must have in common
     zca: kornia.enhance.ZCAWhitening | None
+    test_names: tuple = ()  # files of the test images; empty: there are none
 
     @property
     def device(self):
@@ -76,7 +83,10 @@ class Data:
         return Form(len(self.classes), im_size, channels)
 
     def to_pixels(self, images):
-        """Images (B, C, H, H) with preprocessing undone, on the CPU. Real ones are in [0, 1]."""
+        """Images (B, C, H, H) with preprocessing undone, on the CPU.
+
+        Real ones are in [0, 1] if they have 8 bits, else in the numbers of their files.
+        """
         if self.zca:
             return self.zca.inverse_transform(images.cpu())
         shift, scale = channels(self.settings)
@@ -288,6 +298,11 @@ def channels(settings):
     return [torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std")]
 
 
+def unit_of(images):
+    """The number that stands for 1: 255 in 8 bits. Others are taken as their files have them."""
+    return 255 if images.dtype == torch.uint8 else 1
+
+
 def channel_statistics(images):
     """Mean and standard deviation of each channel of uint8 images (N, C, H, H), in [0, 1].
 
@@ -302,6 +317,30 @@ def channel_statistics(images):
     std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
     std[std == 0] = 1  # a channel that is the same everywhere stays 0
     return [[round(value, 6) for value in part.tolist()] for part in (mean, std)]
+
+
+def band_statistics(images):
+    """Mean and standard deviation of each band of images (N, C, H, H), in the unit of `unit_of`.
+
+    Sums of integers are exact, so that they are the same on every machine. Floating-point numbers
+    are summed in float64. Both have seven digits.
+    """
+    unit, count = unit_of(images), images[:, 0].numel()
+    exact = not images.is_floating_point()
+    total, squares = [0] * images.shape[1], [0] * images.shape[1]
+    for part in images.split(512):
+        wide = part.long() if exact else part.double()
+        for band, values in enumerate(wide.transpose(0, 1)):
+            total[band] += values.sum().item()
+            squares[band] += values.square().sum().item()
+    mean, std = [], []
+    for of_values, of_squares in zip(total, squares):
+        variance = max(count * of_squares - of_values**2, 0) / count**2
+        mean.append(float(f"{of_values / count / unit:.7g}"))
+        std.append(
+            float(f"{math.sqrt(variance) / unit:.7g}") or 1.0
+        )  # the same everywhere: stays 0
+    return mean, std
 
 
 def eigenvectors(matrix, device):

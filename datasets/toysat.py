@@ -7,27 +7,54 @@ function.
 import numpy as np
 from PIL import Image
 
-# Palettes, one colour (R, G, B) per column. Classes share them, so that mean colour alone tells few
-# of them apart.
+# Palettes, one colour per column. Classes share them, so that mean colour alone tells few of them
+# apart. The rows are red, green, blue, near and short-wave infrared, in the manner of the spectra
+# of soil, leaves and water: leaves are bright in the near infrared, and water is dark in both.
+BANDS = ("B04", "B03", "B02", "B08", "B11")  # Sentinel-2's names of the rows
 SOIL = np.array(
-    [[0.46, 0.40, 0.38], [0.56, 0.46, 0.42], [0.66, 0.53, 0.45], [0.52, 0.47, 0.38]], np.float32
+    [
+        [0.46, 0.40, 0.38, 0.52, 0.66],
+        [0.56, 0.46, 0.42, 0.60, 0.74],
+        [0.66, 0.53, 0.45, 0.68, 0.82],
+        [0.52, 0.47, 0.38, 0.56, 0.70],
+    ],
+    np.float32,
 ).T
 GREEN = np.array(
     [
-        [0.14, 0.24, 0.25],
-        [0.18, 0.30, 0.28],
-        [0.23, 0.38, 0.32],
-        [0.28, 0.42, 0.33],
-        [0.35, 0.41, 0.34],
+        [0.14, 0.24, 0.25, 0.62, 0.26],
+        [0.18, 0.30, 0.28, 0.68, 0.30],
+        [0.23, 0.38, 0.32, 0.75, 0.34],
+        [0.28, 0.42, 0.33, 0.78, 0.38],
+        [0.35, 0.41, 0.34, 0.66, 0.44],
     ],
     np.float32,
 ).T
 WATER = np.array(
-    [[0.11, 0.19, 0.30], [0.14, 0.25, 0.34], [0.18, 0.30, 0.37], [0.16, 0.27, 0.29]], np.float32
+    [
+        [0.11, 0.19, 0.30, 0.06, 0.03],
+        [0.14, 0.25, 0.34, 0.07, 0.04],
+        [0.18, 0.30, 0.37, 0.08, 0.04],
+        [0.16, 0.27, 0.29, 0.07, 0.03],
+    ],
+    np.float32,
 ).T
-GREY = np.array([[0.38, 0.39, 0.43], [0.46, 0.46, 0.49], [0.54, 0.53, 0.53]], np.float32).T
+GREY = np.array(
+    [
+        [0.38, 0.39, 0.43, 0.40, 0.42],
+        [0.46, 0.46, 0.49, 0.47, 0.48],
+        [0.54, 0.53, 0.53, 0.54, 0.54],
+    ],
+    np.float32,
+).T
 ROOF = np.array(
-    [[0.72, 0.50, 0.43], [0.66, 0.58, 0.54], [0.62, 0.62, 0.66], [0.80, 0.79, 0.80]], np.float32
+    [
+        [0.72, 0.50, 0.43, 0.62, 0.58],
+        [0.66, 0.58, 0.54, 0.60, 0.58],
+        [0.62, 0.62, 0.66, 0.60, 0.56],
+        [0.80, 0.79, 0.80, 0.76, 0.66],
+    ],
+    np.float32,
 ).T
 
 
@@ -37,19 +64,23 @@ def cover(scene, mask, colour, opacity=1.0):
 
 
 class LandPainter:
-    """Paints n images of a class at once: scenes (3, n, 64, 64), masks, coordinates (n, 64, 64)."""
+    """Paints n images of a class at once: scenes (C, n, 64, 64), masks, coordinates (n, 64, 64).
 
-    def __init__(self, rng, n):
-        self.rng, self.n = rng, n
+    C is the number of `BANDS` that are painted, from the first on.
+    """
+
+    def __init__(self, rng, n, bands):
+        self.rng, self.n, self.bands = rng, n, bands
 
     def uniform(self, low, high):
         return self.rng.uniform(low, high, (self.n, 1, 1)).astype(np.float32)
 
     def tones(self, palette, *shape, spread=0.1):
-        """Random colours of a palette, varied in brightness: one per image, or (3, n, *shape)."""
+        """Random colours of a palette, varied in brightness: one per image, or (C, n, *shape)."""
         shape = (self.n, *(shape or (1, 1)))
         brightness = np.exp(spread * self.rng.standard_normal(shape, np.float32))
-        return palette[:, self.rng.integers(palette.shape[1], size=shape)] * brightness
+        chosen = self.rng.integers(palette.shape[1], size=shape)
+        return palette[: self.bands, chosen] * brightness
 
     def noise(self, wavelength):
         """Smooth random fields of unit variance: white noise, low-passed in Fourier space."""
@@ -181,14 +212,20 @@ class LandPainter:
 
     def photograph(self, scene):
         """Light, haze and sensor noise, which differ between images of a class."""
-        light = self.rng.normal(0, 0.12, (self.n, 1, 1)) + self.rng.normal(
-            0, 0.03, (3, self.n, 1, 1)
-        )
+        light = self.rng.normal(0, 0.12, (self.n, 1, 1))
+        photographs = [self.expose(scene[:3], light, 0.2)]
+        if self.bands > 3:  # drawn last, so that it changes nothing of the visible bands
+            photographs.append(self.expose(scene[3:], light, 0.05))  # infrared passes through haze
+        return np.ascontiguousarray(np.concatenate(photographs).swapaxes(0, 1))
+
+    def expose(self, scene, light, haze):
+        """Bands (C, n, 64, 64) of a scene as uint8, in this light and up to so much haze."""
+        light = light + self.rng.normal(0, 0.03, (len(scene), self.n, 1, 1))
         scene = cover(
-            scene * np.exp(light, dtype=np.float32), self.uniform(0, 0.2), np.float32(0.45)
+            scene * np.exp(light, dtype=np.float32), self.uniform(0, haze), np.float32(0.45)
         )
         scene += 0.008 * self.rng.standard_normal(scene.shape, np.float32)
-        return np.ascontiguousarray((255 * scene.clip(0, 1)).astype(np.uint8).swapaxes(0, 1))
+        return (255 * scene.clip(0, 1)).astype(np.uint8)
 
 
 PAINTERS = {
@@ -205,10 +242,13 @@ PAINTERS = {
 }
 
 
-def draw_toysat(per_class: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images, uint8 (10 * per_class, 3, 64, 64), sorted by class, and labels: a pure function."""
+def draw_toysat(per_class: int, seed: int = 0, bands: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 (10 * per_class, C, 64, 64), sorted by class, and labels: a pure function.
+
+    The first C of `BANDS`; the visible ones are the same in all of its images.
+    """
     painters = [
-        LandPainter(np.random.default_rng((seed, label)), per_class)
+        LandPainter(np.random.default_rng((seed, label)), per_class, bands)
         for label in range(len(PAINTERS))
     ]
     images = [

@@ -21,6 +21,7 @@ COMMANDS = {"log_dir", "run_name", "resume", "evaluate", "task", "export", "pres
 OBSERVING = {"Iteration", "eval_it", "num_eval", "eval_mode", "epoch_eval_train", "batch_real"}
 # Flags that no result depends on, or that the digests of data and experts cover.
 WITHOUT_EFFECT = {"data_path", "buffer_path", "im_size", "checkpoint_every", "device"}
+WITHOUT_EFFECT |= {"bands", "fill_nodata", "show_bands", "split"}
 WITHOUT_EFFECT |= {"load_all", "skip_damaged", "force_save", "unroll_memory", "shard_batch"}
 WITHOUT_EFFECT |= {"wandb_mode", "wandb_project", "wandb_entity"}
 
@@ -80,6 +81,14 @@ class Run:
             "random_real": to_json(state.baselines),
         }
         files.write_json(self.folder / "results.json", results)
+
+    def save_test_names(self, names):
+        """Write the names of the test images, so that others can test on the same ones."""
+        if self.ranks.is_first and names:
+            text = "".join(f"{name}\n" for name in names)
+            files.write_whole(
+                self.folder / "test_images.txt", lambda file: file.write(text.encode())
+            )
 
     def save_set(self, state, pixels_zca):
         """Write the tensors of the synthetic set.

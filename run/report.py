@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from datasets.bands import RED_GREEN_BLUE
 from evaluation import spread
 from system import files, process
+from system.process import ReportedError
 
 # --------------------------------------------------------------------------------------------------
 # Tables
@@ -70,6 +73,64 @@ def clip(images, deviations=2.5):
     """Images clipped at so many standard deviations from the mean, as in MTT."""
     mean, std = images.mean(), images.std()
     return images.clamp(mean - deviations * std, mean + deviations * std)
+
+
+@dataclass(frozen=True)
+class View:
+    """The bands that pictures show as red, green and blue.
+
+    low, high  the pixels that are drawn as 0 and as 1, (3, 1, 1); None: images are RGB already
+    """
+
+    channels: tuple = (0, 1, 2)
+    low: torch.Tensor | None = None
+    high: torch.Tensor | None = None
+
+    @property
+    def is_stretched(self):
+        return self.low is not None
+
+    def of_pixels(self, pixels):
+        """Pixels (B, C, H, W) as (B, 3, H, W) to be drawn: RGB clipped, bands stretched."""
+        if not self.is_stretched:
+            return clip(pixels)
+        shown = pixels[:, list(self.channels)]
+        return ((shown - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
+RGB_VIEW = View()
+PERCENTILES = (2, 98)  # of real images: QGIS's default, and common in remote sensing
+SAMPLE = 1000  # training images that percentiles are computed from, at most
+
+
+def view_of(data, show_bands):
+    """The `View` of a data set; `show_bands` are three of its bands, joined by commas, or None.
+
+    Raises ReportedError if they are not.
+    """
+    names = data.settings.get("bands")
+    if names is None:
+        return RGB_VIEW
+    chosen = [names.index(name) for name in shown_bands(names, show_bands)]
+    images = data.train[0]
+    pixels = data.to_pixels(images[:: -(-len(images) // SAMPLE)])[:, chosen]
+    ends = np.percentile(pixels.numpy(), PERCENTILES, axis=(0, 2, 3))  # (2, 3)
+    low, high = torch.from_numpy(ends.astype(np.float32)).view(2, 3, 1, 1)
+    return View(tuple(chosen), low, torch.where(high > low, high, low + 1))
+
+
+def shown_bands(names, show_bands):
+    """The three of the bands `names` that are shown: true colours where they are there."""
+    if show_bands is None:
+        if set(RED_GREEN_BLUE) <= set(names):
+            return RED_GREEN_BLUE
+        return (*names, *names[-1:] * 2)[:3]  # of fewer than three, the last is repeated
+    chosen = show_bands.split(",")
+    if len(chosen) != 3 or not set(chosen) <= set(names):
+        raise ReportedError(
+            f"--show_bands={show_bands}: name three of the bands in use, {', '.join(names)}"
+        )
+    return chosen
 
 
 def draw_image(image, pixels=False):

@@ -146,6 +146,13 @@ def picture_log(views, names, title):
     return log
 
 
+def band_log(images, shown, names, title):
+    """Two of the same keys for images of bands (K, C, S, S), drawn as `shown` (K, 3, S, S)."""
+    caption = f"{title}: {', '.join(dict.fromkeys(names))}"
+    picture = wandb.Image(draw_grid(shown, names, title, pixels=True), caption=caption)
+    return {"Synthetic_Pixels": wandb.Histogram(images), "Synthetic_Images": picture}
+
+
 def run_summary(evaluations, seconds, memory):
     """Summarise a run for wandb's table of runs: cost, best and final accuracy, and α.
 

@@ -7,6 +7,7 @@ import urllib.error
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +245,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(folder, tmp_path, monkey
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr("2750/Forest/bomb.jpg", bytes(10**7))
     assert archive.stat().st_size < 10**6
-    monkeypatch.setattr(eurosat, "ARCHIVE_LIMIT", 10**7)
+    monkeypatch.setattr(eurosat, "RGB_EDITION", replace(eurosat.RGB_EDITION, limit=10**7))
     with pytest.raises(ReportedError, match=r"EuroSAT\.zip unpacks to 0 GB"):
         load_eurosat(archive.parent)
     assert os.listdir(archive.parent) == ["EuroSAT.zip"]

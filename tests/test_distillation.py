@@ -142,6 +142,7 @@ def test_a_run_draws_a_grid_per_evaluation_and_an_animation_of_them(whole_run):
 def test_a_run_leaves_no_other_files(whole_run):
     _, folder, record = whole_run
     expected = {"run.json", "checkpoint.pt", "results.json", "animation.gif", "curves.png", "wandb"}
+    expected.add("test_images.txt")
     expected |= {f"grid_00000{it}.png" for it in range(3)}
     kept = {str(it) for it in range(3) if (folder / f"images_{it}.pt").exists()}
     assert {"0", str(record["best_iteration"]), "2"} <= kept

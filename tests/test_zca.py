@@ -65,7 +65,7 @@ def test_loading_with_zca_a_second_time_reads_the_cache_and_gives_the_same(
     for part in ("train", "val", "test"):
         assert torch.equal(getattr(data, part)[0], getattr(first, part)[0])
 
-    images, labels, _, classes, _ = folders.load_image_folder(tmp_path, 16)
+    images, labels, _, classes, *_ = folders.load_image_folder(tmp_path, 16)
     pixels = images[split_dataset(labels, 0.5, classes).train] / 255
     torch.testing.assert_close(data.to_pixels(data.train[0]), pixels, rtol=0, atol=1e-3)
     torch.testing.assert_close(data.zca(pixels), data.train[0], rtol=0, atol=1e-3)

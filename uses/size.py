@@ -18,6 +18,7 @@ from system import process
 from uses.study import Outcome, new_figure
 
 KILOBYTE = 1000  # bytes
+COLOURS = 3  # channels of a picture for people
 WEIGHTS = ("ConvNetW32", "ResNet18")
 
 # --------------------------------------------------------------------------------------------------
@@ -54,29 +55,35 @@ class Floats:
 class Pictures:
     """A file of 8 bits per channel for each image, as Pillow writes it.
 
-    The smallest number of all images is 0 and the largest 255. These two come first, in float32.
+    Images of other than three channels take a grey picture for each channel. The smallest number of
+    all images is 0 and the largest 255. These two come first, in float32.
     """
 
     kind: str  # Pillow's name
     options: dict
 
     def encode(self, images):
-        """Encode images (N, 3, H, W)."""
+        """Encode images (N, C, H, W)."""
         low, high = images.min(), images.max()
         levels = (images - low) / (high - low).clamp(min=1e-8) * 255
         parts = [torch.stack([low, high]).numpy().tobytes()]
-        for pixels in levels.round().byte().permute(0, 2, 3, 1).numpy():
+        levels = levels.round().byte()
+        in_colour = images.shape[1] == COLOURS
+        levels = levels.permute(0, 2, 3, 1) if in_colour else levels.flatten(0, 1)
+        for pixels in levels.numpy():  # (H, W, 3) or (H, W)
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, self.kind, **self.options)
             parts.append(file.getvalue())
         return Encoded(parts, images.shape)
 
     def decode(self, encoded):
-        """Images (N, 3, H, W), float32."""
+        """Images (N, C, H, W), float32."""
         ends, *pictures = encoded.parts
         low, high = np.frombuffer(ends, dtype=np.float32).tolist()
         arrays = [np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures]
-        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.stack(arrays))
+        in_colour = encoded.shape[1] == COLOURS
+        pixels = pixels.permute(0, 3, 1, 2) if in_colour else pixels.view(encoded.shape)
         return pixels.float() / 255 * (high - low) + low
 
 
