@@ -268,7 +268,7 @@ EUROSAT_HARD = {"expert_epochs": 2, "lr_img": 10000.0, "lr_lr": 1e-5, "lr_teache
 EUROSAT_OTHERS = {  # other objectives: iterations at 1 and at 10 images per class, and more flags
     "dc": (300, 300, {"eval_it": 100}),
     "dsa": (300, 300, {"eval_it": 100}),
-    "dm": (1000, 1000, {"eval_it": 200}),
+    "dm": (300, 300, {"eval_it": 150}),
     "cafe": (300, 300, {"eval_it": 100}),
     "kip": (1500, 1500, {"eval_it": 300, "eval_mode": "K"}),
 }
