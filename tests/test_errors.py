@@ -142,6 +142,12 @@ FLAGS = [  # scripts, flags, what the line must name
     (BOTH, "--dataset=ImageFolder --data_path=nowhere", ["--data_path=nowhere", "No such file"]),
     (BOTH, "--val_fraction=1.5", ["--val_fraction", "1.5", "less than 1"]),
     (BOTH, "--val_fraction=-0.1", ["--val_fraction", "-0.1", "at least 0"]),
+    (BOTH, "--bands=B99", ["--bands=B99", "no band B99", "choose from"]),
+    (BOTH, "--bands=B04,B04", ["--bands", "B04 is named twice"]),
+    (BOTH, "--fill_nodata=5", ["--fill_nodata=5", "--bands=all"]),
+    (BOTH, "--fill_nodata=many", ["--fill_nodata", "'many' is not a number"]),
+    (BOTH, "--split=nowhere", ["--split and --val_fraction=0.5", "leave it out"]),
+    (DISTILLATION, "--show_bands=B08", ["--show_bands=B08", "--bands=rgb"]),
     (BOTH, "--preset=mnist-1", ["--preset", "mnist-1", "cifar10-1", "eurosat-10"]),
     # training
     (BOTH, "--dsa_strategy=foo", ["--dsa_strategy", "foo", STRATEGY]),
