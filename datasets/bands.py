@@ -2,6 +2,7 @@
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -97,9 +98,12 @@ def count_bands(path):
         return raster.count
 
 
+@contextmanager
 def quiet():
     """Hide rasterio's warning of each file that has no place on earth."""
-    return warnings.catch_warnings(action="ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Raster(NamedTuple):
