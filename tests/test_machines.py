@@ -233,11 +233,14 @@ def test_a_diverged_network_is_selected_only_where_all_have_diverged():
 # Signals and outputs
 
 
+ENDLESS = ["--Iteration=100000", "--lr_img=0", "--lr_lr=0"]  # nothing can diverge
+
+
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_signals_of_schedulers_and_terminals_save_the_run(start, specks_run, tmp_path, name):
     number = getattr(signal, name)
-    running = start(SCRIPT, *specks_run, "--Iteration=100000", cwd=tmp_path, curves=False)
-    running.wait_for("0:00:0")  # the first evaluation
+    running = start(SCRIPT, *specks_run, *ENDLESS, cwd=tmp_path, curves=False)
+    running.wait_for("0 ConvNetW32")  # the first evaluation
     running.kill(number)
     assert running.wait() == 128 + number
     assert f"stopped by {name}; iteration" in running.output()
@@ -255,7 +258,7 @@ def shell(command, tmp_path, flags):
 
 def test_a_pipe_that_nobody_reads_ends_the_run_with_a_checkpoint(specks_run, tmp_path):
     command = "SCRIPT 2>err.txt | head -1; echo ${PIPESTATUS[0]}"
-    done = shell(command, tmp_path, [*specks_run, "--Iteration=100000"])
+    done = shell(command, tmp_path, [*specks_run, *ENDLESS])
     assert done.stdout.splitlines()[-1] == str(128 + signal.SIGPIPE)
     last = (tmp_path / "err.txt").read_text().splitlines()[-1]
     assert "stopped by SIGPIPE; iteration" in last
