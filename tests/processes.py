@@ -81,6 +81,7 @@ class Process:
 def become(flags, cwd, out, err, environment, limits, kill_at, curves):
     """Turn this process into the script that `flags` begin with."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under nohup
     os.chdir(cwd)
     os.environ.update(environment)
     for number, path in ((0, os.devnull), (1, out), (2, err)):
