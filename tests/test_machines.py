@@ -16,7 +16,7 @@ import torch
 
 import evaluation
 from datasets.preprocessing import Form
-from system import files, process, ranks, resources
+from system import compilation, files, process, ranks, resources
 from system.process import ReportedError, Stopped
 from utils import Augment
 
@@ -328,3 +328,12 @@ def test_a_changed_byte_is_noticed(tmp_path):
     assert "data/0 does not have its checksum" in files.damage(path)
     with pytest.warns(UserWarning, match="is damaged .*making it again"):
         assert files.read_cache(path, "a") is None
+
+
+def test_a_cache_that_cannot_be_written_is_not_taken_for_a_missing_compiler():
+    unwritable = RuntimeError("backend='inductor' raised:")
+    unwritable.inner_exception = PermissionError(errno.EACCES, "Permission denied", "/cache/x")
+    fault, remedy = compilation.compile_fault(unwritable)
+    assert "/cache/x" in fault and "TORCHINDUCTOR_CACHE_DIR" in remedy
+    fault, remedy = compilation.compile_fault(RuntimeError("no g++"))
+    assert fault == "no g++" and "C++ compiler" in remedy
