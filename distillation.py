@@ -35,6 +35,7 @@ from objectives.segments import batch_syn_of
 from reparam_module import ReparamModule
 from run import report, wandb_page
 from run.folder import default_name, open_run, run_flags, run_settings, saved_if_stopped
+from run.scores import spread
 from run.state import LABELS, Rules, Start, State
 from system import files, machine, process, resources
 from system.machine import Machine
@@ -308,7 +309,7 @@ def closing_table(run, state, data, experts):
     rows.append((f"{count} distilled images{of_tiles}", best))
     rows = [(title, row["syn_lr"], row["scores"]) for title, row in rows]
     if accuracies := experts.test_accuracies:
-        reached = {"(experts)": f"{'':16}   {evaluation.spread(accuracies)}"}
+        reached = {"(experts)": f"{'':16}   {spread(accuracies)}"}
         rows.append((f"all {len(data.train[1])} images (no momentum)", None, reached))
     names = "images_best.pt, curves.png, animation.gif, results.json, ..."
     return (

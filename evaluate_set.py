@@ -10,11 +10,13 @@ import trajectories
 import utils
 from datasets import by_name
 from datasets.bands import write_raster
-from datasets.preprocessing import CORESETS, Data, Layout, check_factor, coreset
+from datasets.coresets import CORESETS, coreset
+from datasets.preprocessing import Data, Layout, check_factor
 from datasets.saved_sets import check_set, is_saved, load_set, load_targets, saved_folder
 from flags import selection_of
 from run import report
 from run.folder import run_flags
+from run.scores import to_json
 from run.state import LABELS
 from system import files, machine, process
 from system.process import ReportedError
@@ -44,7 +46,7 @@ def real_set(args, data, place):
         features = partial(experts.features, student)
         images, labels = coreset(data, args.ipc, CORESETS[what], features)
     if soft:
-        tiles = utils.decode(images.flatten(0, -4), args.factor)
+        tiles = images if what == "full" else utils.decode(images.flatten(0, -4), args.factor)
         labels = experts.labels(student, tiles, args.label_epoch).unflatten(0, labels.shape)
     return images, labels
 
@@ -101,17 +103,18 @@ def main(args, settings):
         run_task(args, settings, study_of(args, saved, evaluator, place))
         return
     if saved:
-        images, labels, _ = saved
+        images, labels = saved.images.to(place.device), saved.labels.to(place.device)
         title = f"images of {args.evaluate}"
     else:
         evaluator = evaluation.of_real_images(evaluator)
         images, labels = real_set(args, data, place)
         if args.evaluate != "full" and place.ranks.size > 1:  # rounding may choose otherwise
-            images, labels = place.ranks.from_first((images.cpu(), labels.cpu()))
+            chosen = place.ranks.from_first((images.cpu(), labels.cpu()))
+            images, labels = (part.to(place.device) for part in chosen)
         title = "training images" if args.evaluate == "full" else f"real images ({args.evaluate})"
         if LABELS[args.labels].soft:
             title += ", labelled by the experts"
-    images, labels, key = images.to(place.device), labels.to(place.device), (args.seed, "saved")
+    key = args.seed, "saved"
     targets = load_targets(args.evaluate, labels, form, "--evaluate") if saved else None
     if args.search_alpha:
         alphas = evaluation.search_alphas(evaluator, images, labels, key)
@@ -130,7 +133,7 @@ def main(args, settings):
     if place.ranks.is_first:
         row = {"evaluated": args.evaluate, "images": count, "scores": scores}
         row["syn_lr"] = alphas if args.search_alpha else alpha
-        (content,) = evaluation.to_json([row])
+        (content,) = to_json([row])
         path = write_evaluation(args, settings, content, data, place)
         print(f"\nFiles: {path}")
 

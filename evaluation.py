@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.func import grad
 from torch.nn import functional as F
@@ -16,6 +15,7 @@ import utils
 from datasets.preprocessing import Data, random_real
 from kernels import KERNELS, ROWS, centred_targets, fit
 from reparam_module import ReparamModule
+from run.scores import Tested, scores_of, selection_rank
 from system import process
 from system.compilation import Compiler
 from system.process import Interval, ReportedError, Stopped, stop
@@ -67,15 +67,6 @@ class Trainee(NamedTuple):
     random: torch.Generator  # of the order of images, and of augmentation
 
 
-class Tested(NamedTuple):
-    """The accuracy of a trained network."""
-
-    val: float | None  # accuracy on the validation images, in [0, 1]; None: there are none
-    test: float
-    classes: list  # test accuracy on each class
-    is_finite: bool  # whether its logits are
-
-
 def tested_on(data, accuracy):
     """`Tested` by a function that returns a `utils.Accuracy` on images and labels."""
     test = accuracy(*data.test)
@@ -117,10 +108,8 @@ class Evaluator:
             if name in KERNELS:
                 scores[name] = self.evaluate_kernel(name, images, targets)
             else:
-                sets = [images, labels]
-                if images.dim() == 4:
-                    sets = [part.expand(self.num_eval, *part.shape) for part in sets]
-                scores[name] = self.evaluate(name, *sets, syn_lr, key)
+                sets = sets_of(images, labels, self.num_eval)
+                scores[name] = self.evaluate(name, sets, syn_lr, key)
         return scores
 
     def evaluate_kernel(self, name, images, targets):
@@ -128,7 +117,7 @@ class Evaluator:
 
         Nothing about it is random, so every rank computes the same.
         """
-        sets = [(images, targets)] if images.dim() == 4 else zip(images, targets)
+        sets = [(images, targets)] if is_one_set(images) else zip(images, targets)
         tested = [self.test_kernel(KERNELS[name], *each) for each in sets]
         return scores_of(tested)
 
@@ -152,31 +141,30 @@ class Evaluator:
         """The same for the networks called `name` alone."""
         return replace(self, pool={name: self.pool[name]})
 
-    def evaluate(self, name, images, labels, syn_lr, key):
-        """`Scores` of the networks called `name`, of all ranks."""
+    def evaluate(self, name, sets, syn_lr, key):
+        """`Scores` of the networks called `name`, of all ranks, each trained on one of `sets`."""
 
         def test(network, forward):
             return list(self.test(network, forward))
 
-        measured = self.measure(name, (images, labels), syn_lr, key, test)
+        measured = self.measure(name, sets, syn_lr, key, test)
         scores = scores_of([Tested(*each) for each in measured])
         warn_of_diverged(name, scores.diverged, len(measured), syn_lr)
         return scores
 
-    def measure(self, name, train, syn_lr, key, test):
+    def measure(self, name, sets, syn_lr, key, test):
         """`test(network, forward)` of each trained network called `name`, of all ranks.
 
-        `train` has a set for each network: images (num_eval, N, C, H, H), and labels. `test`
-        returns what `ranks.pack` takes.
+        `sets` are what `sets_of` returns. `test` returns what `ranks.pack` takes.
         """
         numbers = self.ranks.mine(range(self.num_eval))
-        train = [self.ranks.mine(part) for part in train]
+        sets = self.ranks.mine(sets)
         keys = [("evaluation", *key, name, number) for number in numbers]
         measured, stopped = [], None
         try:
             if keys:
-                trainees = [self.fresh(name, key, train[0].device) for key in keys]
-                measured = self.train_and_test(name, trainees, train, syn_lr, test)
+                trainees = [self.fresh(name, key, self.data.device) for key in keys]
+                measured = self.train_and_test(name, trainees, sets, syn_lr, test)
         except Stopped as error:  # on this rank; the others learn of it when they are done
             stopped = error.args[0]
         of_ranks = self.ranks.gather([stopped, measured])
@@ -193,30 +181,26 @@ class Evaluator:
         network = utils.initial_network(name, self.data.form, random, device)
         return Trainee(network, self.compiler(network), random)
 
-    def train_and_test(self, name, trainees, train, syn_lr, test):
+    def train_and_test(self, name, trainees, sets, syn_lr, test):
         """Train each of `trainees`, networks called `name`; a list of what `test` returns of each.
 
-        `train` has a set for each: images (K, N, C, H, H), and labels.
+        `sets` has a pair for each: images (N, C, H, H) and labels, as many as the others' are.
         """
         self.line_due.restart()
-        images, labels = train
         # Such a small batch leaves most of a GPU, or of a processor's cores, idle.
-        batch = min(labels.shape[1], self.batch_train) * (self.augment.windows or 1)
+        batch = min(len(sets[0][1]), self.batch_train) * (self.augment.windows or 1)
         is_small = batch <= 64
         if is_small and self.pool[name]:
-            networks, forwards, generators = zip(*trainees)
-            self.train_together(self.pool[name], networks, train, syn_lr, generators)
-            return [test(*pair) for pair in zip(networks, forwards)]
+            self.train_together(self.pool[name], trainees, sets, syn_lr)
+            return [test(trainee.network, trainee.forward) for trainee in trainees]
         results = {}
         todo = []
-        for number, trainee in enumerate(trainees):
-            pair = trainee.network, trainee.forward
-            own = images[number], labels[number]
-            training = self.evaluate_synset(*pair, own, syn_lr, trainee.random)
+        for trainee, train in zip(trainees, sets):
+            training = self.evaluate_synset(trainee, train, syn_lr)
             todo.append(then_test(training, trainee, test, results))
         total = len(todo) * (self.epochs + 1)
         # A thread for each network, so that its digits do not depend on how many there are.
-        each_alone = is_small and images.device.type == "cpu"
+        each_alone = is_small and self.data.device.type == "cpu"
         with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
             process.in_threads(todo, each_alone, bar)
         return [results[trainee] for trainee in trainees]
@@ -229,47 +213,46 @@ class Evaluator:
 
         return tested_on(self.data, accuracy)
 
-    def evaluate_synset(self, network, forward, train, syn_lr, generator):
-        """Train a fresh network on images (N, C, H, H) and labels, as MTT's evaluation does.
+    def evaluate_synset(self, trainee, train, syn_lr):
+        """Train a `Trainee` on images (N, C, H, H) and labels, as MTT's evaluation does.
 
         `epochs` + 1 epochs of SGD at `syn_lr`, with momentum 0.9 and weight decay 5e-4. After epoch
         `epochs // 2 + 1`, a tenth of the learning rate and a fresh optimiser. Yields after each
         epoch.
         """
-        optimizer = fresh_sgd(network, syn_lr)
+        optimizer = fresh_sgd(trainee.network, syn_lr)
         for epoch in range(self.epochs + 1):
             stop.check()
-            batches = self.draw_epoch(train[1], generator)
-            utils.train_epoch(forward, optimizer, train, self.augment, batches)
+            batches = self.draw_epoch(train[1], trainee.random)
+            utils.train_epoch(trainee.forward, optimizer, train, self.augment, batches)
             if epoch == self.epochs // 2 + 1:
-                optimizer = fresh_sgd(network, syn_lr * 0.1)
+                optimizer = fresh_sgd(trainee.network, syn_lr * 0.1)
             self.log_epoch(epoch)
             yield
 
-    def train_together(self, step, networks, train, syn_lr, generators):
+    def train_together(self, step, trainees, sets, syn_lr):
         """The same as `evaluate_synset`, for K networks at once, each with its own draws.
 
-        `step` is `sgd_step` for these networks. `train` holds a set for each: images (K, N, C, H,
-        H), and labels (K, N) or (K, N, classes).
+        `step` is `sgd_step` for these networks.
         """
-        images, labels = train
-        thetas = torch.stack([parameters_to_vector(n.parameters()) for n in networks]).detach()
-        momenta = torch.zeros_like(thetas)  # (K, P), as the parameters
+        thetas = torch.stack([parameters_to_vector(t.network.parameters()) for t in trainees])
+        thetas = thetas.detach()  # (K, P), as their momenta
+        momenta = torch.zeros_like(thetas)
         rate = torch.tensor(syn_lr, device=thetas.device)
-        name = f"evaluation, {len(networks)} networks"
+        name = f"evaluation, {len(trainees)} networks"
         for epoch in process.progress(range(self.epochs + 1), desc=name, unit="epochs"):
             stop.check()
-            of_networks = [self.draw_epoch(y, g) for y, g in zip(labels, generators)]
+            of_networks = [self.draw_epoch(y, t.random) for (_, y), t in zip(sets, trainees)]
             for batches in zip(*of_networks):
-                made = [self.augment(x, batch, y) for x, batch, y in zip(images, batches, labels)]
+                made = [self.augment(x, batch, y) for (x, y), batch in zip(sets, batches)]
                 x, y = (torch.stack(part) for part in zip(*made))
                 thetas, momenta = step(thetas, momenta, x, y, rate)
             if epoch == self.epochs // 2 + 1:
                 rate = rate * 0.1
                 momenta = torch.zeros_like(momenta)
             self.log_epoch(epoch)
-        for network, theta in zip(networks, thetas):
-            load_vector(network, theta)
+        for trainee, theta in zip(trainees, thetas):
+            load_vector(trainee.network, theta)
 
     def log_epoch(self, epoch):
         """Once a minute, log how far networks are, where there is no bar."""
@@ -298,6 +281,18 @@ def make_evaluator(args, data, pool, machine):
         compiler=machine.compiler,
         ranks=machine.ranks,
     )
+
+
+def is_one_set(images):
+    """Tell whether images are a set (N, C, H, H) for all networks, or one for each."""
+    return len(images.shape) == 4
+
+
+def sets_of(images, labels, count):
+    """A pair of images (N, C, H, H) and labels for each of `count` networks."""
+    if is_one_set(images):
+        return [(images, labels)] * count
+    return list(zip(images, labels))
 
 
 def of_real_images(evaluator):
@@ -397,8 +392,8 @@ def search_alphas(evaluator, images, labels, key):
     # Validation images take the place of the test images, which would be tested for nothing.
     data = replace(evaluator.data, val=no_images(evaluator.data), test=evaluator.data.val)
     single = replace(evaluator, num_eval=1, data=data, pool=pool)
-    if images.dim() == 5:  # a set for each network
-        images, labels = images[:1], labels[:1]
+    if not is_one_set(images):
+        images, labels = images[0], labels[0]
     reached = {}
     for alpha in ALPHAS:
         for name, scores in single(images, labels, alpha, (*key, "search")).items():
@@ -429,121 +424,3 @@ def evaluate_real(evaluator, real_sets, syn_lr, seed):
     """Evaluate `random_real_sets`."""
     scores = of_real_images(evaluator)(*real_sets, syn_lr, (seed, "random real"))
     return {"syn_lr": syn_lr, "epochs": evaluator.epochs, "scores": scores}
-
-
-# --------------------------------------------------------------------------------------------------
-# Accuracies of an evaluation, and of all evaluations of a run
-
-
-def spread(accuracies):
-    """Mean ± population standard deviation, in percent. A single network has no spread."""
-    if not accuracies:
-        return ""
-    deviation = f" ± {np.std(accuracies):6.2%}" if len(accuracies) > 1 else ""
-    return f"{np.mean(accuracies):7.2%}{deviation}"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Accuracies, in [0, 1], of the networks of one evaluation."""
-
-    val: list  # empty without a validation set
-    test: list
-    classes: list = field(default_factory=list)  # test accuracy per class, a list per network
-    diverged: int = 0  # networks that count as guessing
-
-    def __str__(self):
-        return "   ".join(f"{spread(part):16}" for part in (self.val, self.test))
-
-    @property
-    def selection_accuracy(self):
-        """The accuracy that selects the best iteration: validation, or without it, test.
-
-        Using the test set is MTT's rule.
-        """
-        return np.mean(self.val or self.test)
-
-
-def scores_of(tested):
-    """The `Scores` of several networks, each `Tested`."""
-    return Scores(
-        [each.val for each in tested if each.val is not None],
-        [each.test for each in tested],
-        [each.classes for each in tested],
-        sum(not each.is_finite for each in tested),
-    )
-
-
-def mean_selection_accuracy(scores):
-    """The mean over networks, of their `scores` by name."""
-    return np.mean([score.selection_accuracy for score in scores.values()])
-
-
-def selection_rank(scores):
-    """The key by which `scores`, by network, are compared: those with a diverged network last."""
-    diverged = sum(score.diverged for score in scores.values())
-    return not diverged, mean_selection_accuracy(scores)
-
-
-class Evaluations:
-    """All evaluations of a run, oldest first."""
-
-    def __init__(self, rows=()):
-        self.rows = list(rows)
-
-    @property
-    def comparable(self):
-        """The evaluations of the same networks as the latest one, trained for as many epochs."""
-
-        def kind(row):
-            return row["scores"].keys(), row["epochs"]
-
-        return [row for row in self.rows if kind(row) == kind(self.rows[-1])]
-
-    @property
-    def best(self):
-        """The comparable evaluation with the highest selection accuracy, the first if tied."""
-        return max(self.comparable, key=lambda row: selection_rank(row["scores"]))
-
-    @property
-    def best_accuracy(self):
-        """The selection accuracy of the best evaluation."""
-        return mean_selection_accuracy(self.best["scores"])
-
-    @property
-    def latest_is_best(self):
-        return self.best is self.rows[-1]
-
-    def has(self, iteration, names):
-        """Tell whether the networks called `names` were evaluated at an iteration."""
-        at = (row["scores"].keys() for row in self.rows if row["iteration"] == iteration)
-        return any(of_row == names for of_row in at)
-
-    def add(self, scores, syn_lr, losses, seconds, epochs):
-        """Add an evaluation by networks of so many epochs, after iterations with these losses."""
-        recent = losses[self.rows[-1]["iteration"] if self.rows else 0 :]
-        row = {
-            "iteration": len(losses),
-            "syn_lr": syn_lr,
-            "loss": float(np.mean(recent)) if recent else None,  # mean since the last evaluation
-            "seconds": round(seconds, 1),
-            "epochs": epochs,
-            "scores": scores,
-        }
-        self.rows.append(row)
-
-
-def to_json(rows):
-    """Evaluations as dictionaries, lists and numbers only."""
-    return [
-        row | {"scores": {name: vars(scores) for name, scores in row["scores"].items()}}
-        for row in rows
-    ]
-
-
-def from_json(rows):
-    """Restore what `to_json` was given."""
-    return [
-        row | {"scores": {name: Scores(**scores) for name, scores in row["scores"].items()}}
-        for row in rows
-    ]

@@ -25,7 +25,7 @@ from cli import (
 from datasets import saved_sets
 from datasets.bands import RGB
 from datasets.by_name import DATASETS, IM_SIZE, Selection
-from datasets.preprocessing import CORESETS
+from datasets.coresets import CORESETS
 from datasets.saved_sets import REAL_SETS, is_saved
 from evaluation import EVAL_POOLS
 from kernels import KERNELS

@@ -14,18 +14,13 @@ from datasets.bands import ALL, RGB, SENTINEL_2, chosen_bands
 from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat, load_eurosat_bands
 from datasets.folders import class_names, folder_bands, load_folder_bands, load_image_folder
 from datasets.lists import listed_split
+from datasets.normalised import channel_statistics, unit_of
 from datasets.pictures import Images, data_digest
-from datasets.preprocessing import (
-    ZCA_EPS,
-    Form,
-    Raw,
-    band_statistics,
-    channel_statistics,
-    split_dataset,
-    unit_of,
-)
+from datasets.preprocessing import Form, Raw
+from datasets.splits import split_dataset
 from datasets.toysat import BANDS as TOYSAT_BANDS
 from datasets.toysat import draw_toysat
+from datasets.whitening import ZCA_EPS
 from system import files
 from system.process import ReportedError, first_line
 
@@ -222,14 +217,16 @@ def read_dataset(name, data_path, im_size, val_fraction, zca, selection=Selectio
     if source.scales:
         settings["im_size"] = form.im_size
     if names:
-        mean, std = band_statistics(read.images[split.train])
+        mean, std = channel_statistics(read.images, split.train)
+        mean, std = ([float(f"{value:.7g}") for value in part] for part in (mean, std))
         unit = unit_of(read.images)
         settings |= {"bands": list(names), "unit": unit, "mean": mean, "std": std}
     elif zca:
         settings["zca_eps"] = ZCA_EPS
     else:
-        statistics = source.statistics or channel_statistics(read.images[split.train])
-        settings |= dict(zip(("mean", "std"), statistics))
+        mean, std = source.statistics or channel_statistics(read.images, split.train)
+        mean, std = ([round(value, 6) for value in part] for part in (mean, std))
+        settings |= {"mean": mean, "std": std}
     folder = data_path.parent if data_path.is_file() else data_path  # an archive's
     return Raw(read.images, read.labels, split, read.classes, settings, folder, read.names)
 
@@ -250,4 +247,6 @@ def read_bands(name, data_path, side, names, fill_nodata):
     known = source.bands(data_path)
     chosen = [known.index(band) for band in names]
     digest = hashlib.sha256(repr((read.digest, names)).encode()).hexdigest()[:16]
-    return read._replace(images=read.images[:, chosen], digest=digest)
+    is_all = chosen == list(range(read.images.shape[1]))
+    images = read.images if is_all else read.images[:, chosen]  # a copy, of gigabytes
+    return read._replace(images=images, digest=digest)

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 import torch
 
-from datasets.preprocessing import Split
+from datasets.splits import Split
 from system.process import ReportedError, first_line
 
 TRAIN = "train"

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.preprocessing import CORESETS, PIX_INIT
+from datasets.coresets import CORESETS
+from datasets.preprocessing import PIX_INIT
 from kernels import centred_targets
 from system import files
 from system.process import ReportedError

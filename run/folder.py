@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.saved_sets import save_set
-from evaluation import to_json
+from run.scores import to_json
 from system import files
 from system.process import RankLost, ReportedError, Stopped, stop
 from system.ranks import Ranks

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets.bands import RED_GREEN_BLUE
-from evaluation import spread
+from run.scores import spread
 from system import files, process
 from system.process import ReportedError
 
@@ -47,7 +47,7 @@ def scores_table(scores, classes):
 def closing_table(rows):
     """A table of rows with a title, α (None: unknown), and scores by network.
 
-    Scores are `evaluation.Scores`, or text.
+    Scores are `scores.Scores`, or text.
     """
     lines = [("trained on", "α", "network", f"{'validation':^16}   {'test':^16}")]
     for title, alpha, scores in rows:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from evaluation import Evaluations, from_json, to_json
+from run.scores import Evaluations, from_json, to_json
 from system import files
 from system.process import ReportedError, first_line, is_out_of_memory
 

@@ -286,12 +286,12 @@ def evaluator(waits):
 def test_networks_that_are_evaluated_together_wait_once(waits, evaluator):
     """Once in all, for α; at most once per network and epoch would be tolerable."""
     networks = [fresh_network() for _ in range(evaluator.num_eval)]
-    generators = [utils.make_generator(k) for k in range(evaluator.num_eval)]
-    images, labels = on_gpu(CLASSES)
-    train = [part.expand(evaluator.num_eval, *part.shape) for part in (images, labels)]
+    generators = map(utils.make_generator, range(evaluator.num_eval))
+    trainees = [evaluation.Trainee(network, None, g) for network, g in zip(networks, generators)]
+    sets = evaluation.sets_of(*on_gpu(CLASSES), evaluator.num_eval)
     (step,) = evaluator.pool.values()
     waits.clear()
-    evaluator.train_together(step, networks, train, 0.01, generators)
+    evaluator.train_together(step, trainees, sets, 0.01)
     assert waits.total() <= 1
     assert all(is_cuda(p) for network in networks for p in network.parameters())
 

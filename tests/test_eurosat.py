@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets import by_name, eurosat, preprocessing
+from datasets import by_name, eurosat, splits
 
 EUROSAT_PATH = os.environ.get("EUROSAT_PATH")
 pytestmark = pytest.mark.skipif(
@@ -32,7 +32,7 @@ def test_all_images_load_and_the_cache_is_much_faster(tmp_path):
     assert again.digest == first.digest
     assert torch.equal(again.images[::1000], first.images[::1000])
 
-    split = preprocessing.split_dataset(first.labels, 0, first.classes)
+    split = splits.split_dataset(first.labels, 0, first.classes)
     assert (len(split.train), len(split.val), len(split.test)) == (24300, 0, 2700)
 
 

@@ -15,21 +15,20 @@ from torchvision.datasets import ImageFolder
 import distillation
 import evaluation
 import utils
-from datasets import preprocessing, saved_sets
+from datasets import coresets, preprocessing, saved_sets
 from datasets.eurosat import CLASS_NAMES
 from datasets.preprocessing import Form, Layout
 from evaluation import (
     EVAL_POOLS,
-    Evaluations,
     Evaluator,
-    Scores,
-    from_json,
+    Trainee,
     make_pool,
+    sets_of,
     sgd_step,
-    to_json,
 )
 from networks import ConvNet
 from reparam_module import ReparamModule
+from run.scores import Evaluations, Scores, from_json, to_json
 from system import process
 from system.compilation import FAILURES, Compiler
 from system.machine import Machine
@@ -128,9 +127,9 @@ def test_random_real_images_are_of_their_class_and_follow_their_seed(data):
 def test_herding_chooses_rows_whose_mean_is_close_to_the_mean_of_all():
     features = torch.tensor([[0.0], [1.0], [4.5], [3.1], [7.0], [8.4]])  # their mean is 4
     # 4.5, then 3.1 for a mean of 3.8; a third one near 4.4 would be best.
-    assert preprocessing.herding(features, 2) == [2, 3]
+    assert coresets.herding(features, 2) == [2, 3]
     features = torch.randn(200, 8, generator=seeded(0))
-    chosen = preprocessing.herding(features, 20)
+    chosen = coresets.herding(features, 20)
     assert len(set(chosen)) == 20
     mean = features.mean(0)
     assert (features[chosen].mean(0) - mean).norm() < 0.2 * (features[:20].mean(0) - mean).norm()
@@ -138,7 +137,7 @@ def test_herding_chooses_rows_whose_mean_is_close_to_the_mean_of_all():
 
 def test_k_center_leaves_no_row_far_from_those_it_chooses():
     features = torch.tensor([[0.0], [1.0], [2.0], [9.0], [10.0], [-5.0]])  # their mean is 2.83
-    assert preprocessing.k_center(features, 3) == [2, 4, 5]
+    assert coresets.k_center(features, 3) == [2, 4, 5]
 
 
 def test_a_coreset_has_its_images_from_each_class_and_features_of_its_class_alone(data):
@@ -148,7 +147,7 @@ def test_a_coreset_has_its_images_from_each_class_and_features_of_its_class_alon
         seen.append(images)
         return images.flatten(1)
 
-    images, labels = preprocessing.coreset(data, 2, preprocessing.k_center, features)
+    images, labels = coresets.coreset(data, 2, coresets.k_center, features)
     of_train = {image.numpy().tobytes(): int(label) for image, label in zip(*data.train)}
     assert labels.tolist() == [label for label in range(10) for _ in range(2)]
     assert [of_train[image.numpy().tobytes()] for image in images] == labels.tolist()
@@ -166,10 +165,11 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other(eval
     labels = torch.arange(7)
     alone, together, initial = (small_networks() for _ in range(3))
     for network, x, k in zip(alone, images, range(3)):
-        list(evaluator.evaluate_synset(network, network, (x, labels), 0.02, seeded(k)))
+        trainee = Trainee(network, network, seeded(k))
+        list(evaluator.evaluate_synset(trainee, (x, labels), 0.02))
     step = partial(sgd_step, ReparamModule(together[0]))
-    generators = [seeded(k) for k in range(3)]
-    evaluator.train_together(step, together, (images, labels.expand(3, 7)), 0.02, generators)
+    trainees = [Trainee(network, None, seeded(k)) for k, network in enumerate(together)]
+    evaluator.train_together(step, trainees, sets_of(images, labels.expand(3, 7), 3), 0.02)
     for networks in zip(alone, together, initial):
         for p, q, start in zip(*(network.parameters() for network in networks)):
             assert not torch.equal(p, start)
@@ -223,9 +223,9 @@ def test_networks_trained_together_keep_parameters_aligned_to_16_bytes(evaluator
     # Not a multiple of four, so that rows of (K, P) are not aligned.
     assert sum(p.numel() for p in networks[0].parameters()) % 4
     step = partial(sgd_step, ReparamModule(networks[0]))
-    generators = [seeded(k) for k in range(3)]
-    train = torch.randn(3, 4, 3, 16, 16), torch.arange(4).expand(3, 4)
-    evaluator.train_together(step, networks, train, 0.01, generators)
+    trainees = [Trainee(network, None, seeded(k)) for k, network in enumerate(networks)]
+    sets = sets_of(torch.randn(4, 3, 16, 16), torch.arange(4), 3)
+    evaluator.train_together(step, trainees, sets, 0.01)
     for parameter in (p for network in networks for p in network.parameters()):
         assert parameter.storage_offset() * parameter.element_size() % 16 == 0
         assert parameter.data_ptr() % 16 == 0

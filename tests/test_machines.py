@@ -16,6 +16,7 @@ import torch
 
 import evaluation
 from datasets.preprocessing import Form
+from run.scores import Evaluations, Scores
 from system import compilation, files, process, ranks, resources
 from system.process import ReportedError, Stopped
 from utils import Augment
@@ -184,7 +185,7 @@ def evaluator_of(monkeypatch, others, evaluate_some):
     monkeypatch.setattr(evaluation.Evaluator, "fresh", lambda *_: None)
     monkeypatch.setattr(evaluation.Evaluator, "train_and_test", evaluate_some)
     return evaluation.Evaluator(
-        data=SimpleNamespace(form=Form(2, 8)),
+        data=SimpleNamespace(form=Form(2, 8), device=CPU),
         pool={"MLP": None},
         num_eval=2,
         epochs=1,
@@ -220,8 +221,8 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_all(monkeypatch):
 
 
 def test_a_diverged_network_is_selected_only_where_all_have_diverged():
-    good, chance = evaluation.Scores([0.2], [0.2]), evaluation.Scores([0.5], [0.5], diverged=1)
-    rows = evaluation.Evaluations()
+    good, chance = Scores([0.2], [0.2]), Scores([0.5], [0.5], diverged=1)
+    rows = Evaluations()
     for number, scores in enumerate((chance, good, chance)):
         rows.add({"MLP": scores}, 0.1, [1.0] * number, 1.0, 5)
     assert rows.best["iteration"] == 1

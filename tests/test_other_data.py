@@ -18,7 +18,8 @@ from PIL import Image, TiffImagePlugin
 
 from datasets import folders
 from datasets import pictures as picture_files
-from datasets.preprocessing import Form, split_dataset
+from datasets.preprocessing import Form
+from datasets.splits import split_dataset
 from system.process import ReportedError
 
 CLASSES = ("beach", "forest", "town")
@@ -119,7 +120,7 @@ def test_pictures_are_scaled_to_cover_the_square_and_their_centre_is_taken(tmp_p
 
 def test_pictures_are_normalised_by_the_statistics_of_the_training_images(pictures):
     data = load(pictures)
-    x = data.train[0]
+    x = data.train[0][:]
     std = x.transpose(0, 1).flatten(1).std(1, correction=0)
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-4)
     torch.testing.assert_close(std, torch.ones(3), rtol=0, atol=1e-4)
@@ -134,7 +135,7 @@ def test_a_channel_that_is_the_same_everywhere_stays_zero(pictures):
         Image.merge("RGB", [red, green, Image.new("L", blue.size)]).save(path)
     data = load(pictures)
     assert data.settings["std"][2] == 1
-    assert not data.train[0][:, 2].any() and data.train[0][:, 0].any()
+    assert not data.train[0][:][:, 2].any() and data.train[0][:][:, 0].any()
 
 
 def test_whitening_takes_any_size(pictures):
@@ -143,7 +144,7 @@ def test_whitening_takes_any_size(pictures):
     raw = folders.load_image_folder(pictures, 8)
     split = split_dataset(raw.labels, 0.1, raw.classes)
     pixels = raw.images[split.test] / 255
-    torch.testing.assert_close(data.to_pixels(data.test[0]), pixels, rtol=0, atol=1e-4)
+    torch.testing.assert_close(data.to_pixels(data.test[0][:]), pixels, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("test", ["test", "val", "val/images"])
@@ -153,7 +154,7 @@ def test_the_folders_train_and_test_are_kept_apart(tmp_path, test):
     data = load(tmp_path, im_size=20, val_fraction=0.2)
     assert [len(part[1]) for part in (data.train, data.val, data.test)] == [16, 4, 6]
     alone = folders.load_image_folder(tmp_path / test, 20).images
-    torch.testing.assert_close(data.to_pixels(data.test[0]), alone / 255, rtol=0, atol=1e-5)
+    torch.testing.assert_close(data.to_pixels(data.test[0][:]), alone / 255, rtol=0, atol=1e-5)
     whole = load(tmp_path, im_size=20, val_fraction=0)
     assert [len(part[1]) for part in (whole.train, whole.val, whole.test)] == [20, 0, 6]
 
@@ -490,7 +491,7 @@ def test_cifar_keeps_its_own_test_set(monkeypatch, tmp_path, name, count):
     assert sizes == [0.75 * count, 0.25 * count, 2 * classes]
     assert data.form == Form(classes, 32)
     pixels = torch.from_numpy(test_images) / 255
-    torch.testing.assert_close(data.to_pixels(data.test[0]), pixels, rtol=0, atol=1e-5)
+    torch.testing.assert_close(data.to_pixels(data.test[0][:]), pixels, rtol=0, atol=1e-5)
     assert data.test[1].tolist() == [*range(classes)] * 2 and data.classes[3] == "class 3"
     assert data.settings["mean"] == [0.4914, 0.4822, 0.4465]
     assert data.settings["std"] == [0.2023, 0.1994, 0.2010]

@@ -28,7 +28,7 @@ from outcomes import (
 
 import utils
 from datasets.preprocessing import Form
-from evaluation import Evaluator
+from evaluation import Evaluator, Trainee
 from system import compilation, files
 from system.process import Stopped, stop
 from trajectories import load_experts
@@ -184,9 +184,10 @@ def test_networks_that_are_trained_together_stop_within_an_epoch():
         steps.append(rate)
         return thetas, momenta
 
-    images, labels = torch.zeros(1, 20, 3, 8, 8), torch.zeros(1, 20, dtype=torch.int64)
+    train = torch.zeros(20, 3, 8, 8), torch.zeros(20, dtype=torch.int64)
+    trainee = Trainee(network, None, random)
     with stop, pytest.raises(Stopped):
-        evaluator.train_together(step, [network], (images, labels), 0.01, [random])
+        evaluator.train_together(step, [trainee], [train], 0.01)
     assert len(steps) == 2  # the batches of an epoch
 
 

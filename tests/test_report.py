@@ -22,10 +22,10 @@ from conftest import arguments
 from PIL import Image
 
 import distillation
-from evaluation import Evaluations, Scores
 from run import report, wandb_page
 from run.folder import Run
 from run.report import draw_grid
+from run.scores import Evaluations, Scores
 from system.ranks import ALONE
 
 NAMES = ["beach", "forest"]

@@ -14,8 +14,8 @@ import evaluation
 import utils
 from datasets.distilled import load_distilled
 from datasets.eurosat import CLASS_NAMES
-from evaluation import spread
 from run import report
+from run.scores import spread
 from uses import membership, size
 
 SCRIPT = "distillation.py"
@@ -179,7 +179,7 @@ def test_nearest_training_images_are_those_of_all_pairs(data_flags, eurosat_fold
     data = load_data("ImageFolder", eurosat_folder, False, 0.1, "cpu", im_size=16)
     images = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     distances, index = membership.nearest(images, data)
-    ours, theirs = data.to_pixels(images).double(), data.to_pixels(data.train[0]).double()
+    ours, theirs = data.to_pixels(images).double(), data.to_pixels(data.train[0][:]).double()
     of_all = (ours[:, None] - theirs).flatten(2).norm(dim=2)
     torch.testing.assert_close(distances.double(), of_all.min(1).values, rtol=1e-4, atol=1e-4)
     assert torch.equal(index, of_all.argmin(1))

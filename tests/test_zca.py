@@ -8,7 +8,8 @@ import torch
 from conftest import load_data
 
 from datasets import folders
-from datasets.preprocessing import fit_zca, split_dataset
+from datasets.splits import split_dataset
+from datasets.whitening import fit_zca
 
 
 def small_images(count):

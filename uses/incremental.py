@@ -11,7 +11,7 @@ import torch
 
 import evaluation
 import utils
-from evaluation import spread
+from run.scores import spread
 from system import process
 from uses.study import Outcome, herding_images, new_figure, random_images
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import utils
 from datasets.preprocessing import PIX_INIT, Layout, random_real
 from datasets.saved_sets import saved_folder
-from evaluation import no_images, spread
+from evaluation import no_images
+from run.scores import spread
 from system import files, process
 from uses.study import Outcome, TrainingSet, new_figure, random_images
 
@@ -128,7 +129,8 @@ def attacks_by(losses, counts, title):
 def losses_of(training_set, parts, key):
     """The losses of each network on images of several parts, one after the other."""
     process.write_line(f"\n{training_set.title}")
-    images, labels = (torch.cat(of) for of in zip(*parts))
+    images = torch.cat([images[:] for images, _ in parts])
+    labels = torch.cat([labels for _, labels in parts])
     probe = Probe(images, labels, training_set.evaluator.batch_real)
     measured = training_set.with_alpha(key).measure(probe, key)
     return [losses.numpy() for losses in measured]

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation import spread
 from networks import get_network
+from run.scores import spread
 from system import process
 from uses.study import Outcome, new_figure
 

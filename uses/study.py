@@ -8,7 +8,8 @@ import torch
 
 import evaluation
 import utils
-from datasets.preprocessing import CORESETS, Layout, coreset
+from datasets.coresets import CORESETS, coreset
+from datasets.preprocessing import Layout
 from evaluation import Evaluator
 from system.machine import Machine
 from trajectories import Experts
@@ -32,7 +33,7 @@ class TrainingSet:
     @property
     def axis(self):
         """The dimension that counts the images, and the labels."""
-        return self.images.dim() - 4
+        return len(self.images.shape) - 4
 
     @property
     def tiles(self):
@@ -58,10 +59,8 @@ class TrainingSet:
     def measure(self, test, key):
         """`test(network, forward)` of each network, trained as `scores` trains them."""
         (name,) = self.evaluator.pool
-        train = self.images, self.labels
-        if not self.axis:
-            train = [part.expand(self.evaluator.num_eval, *part.shape) for part in train]
-        return self.evaluator.measure(name, train, self.alpha, key, test)
+        sets = evaluation.sets_of(self.images, self.labels, self.evaluator.num_eval)
+        return self.evaluator.measure(name, sets, self.alpha, key, test)
 
     def subset(self, chosen):
         """The images `chosen` (n,), with their labels."""

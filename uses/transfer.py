@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation import Scores, spread
+from run.scores import Scores, spread
 from system import process
 from uses.study import Outcome, labelled_by_experts, new_figure, random_images
 

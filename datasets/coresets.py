@@ -1,0 +1,53 @@
+"""Coresets: real training images that stand for all of their class."""
+
+import math
+
+import torch
+
+from datasets.preprocessing import members_of
+
+
+def herding(features, count):
+    """Rows of `features` (N, D) whose mean is close to the mean of all, chosen one by one.
+
+    Herding (Welling 2009) as used for data sets (Rebuffi et al. 2017, iCaRL, algorithm 4).
+    """
+    mean, total = features.mean(0), torch.zeros_like(features[0])
+    chosen = []
+    for size in range(1, count + 1):
+        distances = ((total + features) / size - mean).square().sum(1)
+        distances[chosen] = math.inf
+        chosen.append(int(distances.argmin()))
+        total += features[chosen[-1]]
+    return chosen
+
+
+def k_center(features, count):
+    """Rows of `features` (N, D) that leave no other row far from all of them, chosen one by one.
+
+    Greedy k-centre (Sener & Savarese 2018, algorithm 1), from the row nearest to the mean.
+    """
+    chosen = [int((features - features.mean(0)).square().sum(1).argmin())]
+    nearest = torch.full_like(features[:, 0], math.inf)  # squared distance to what is chosen
+    while len(chosen) < count:
+        distances = (features - features[chosen[-1]]).square().sum(1)
+        nearest = torch.minimum(nearest, distances)
+        chosen.append(int(nearest.argmax()))
+    return chosen
+
+
+CORESETS = {"herding": herding, "k_center": k_center}
+
+
+def coreset(data, ipc, choose, features):
+    """`ipc` training images per class, chosen by one of CORESETS, and their labels.
+
+    `features` maps images (B, C, H, H) to the features that they are compared by, (B, D).
+    """
+    images, labels = data.train
+    chosen = []
+    for label in range(data.form.num_classes):
+        members = members_of(data, label, ipc).to(images.device)
+        chosen.append(members[choose(features(images[members]), ipc)])
+    chosen = torch.cat(chosen)
+    return images[chosen], labels[chosen]
