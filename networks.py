@@ -6,6 +6,7 @@ and can be exchanged with MTT. `layers` returns a network's features (B, ...): a
 (of ResNet18, of the stem and each stage), and last, those that the last layer takes, flattened.
 """
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,7 +37,33 @@ class MLP(nn.Module):
 
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "leakyrelu": lambda: nn.LeakyReLU(0.01)}
 
-POOLINGS = {"none": None, "max": lambda: nn.MaxPool2d(2), "avg": lambda: nn.AvgPool2d(2)}
+
+def is_compiled_for_cpu(x):
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
+class AvgPool(nn.AvgPool2d):
+    """`AvgPool2d(2)`, in two forms for the compiler.
+
+    Means over cells compile to the faster first derivatives on a CPU, with the same digits in
+    float32: a ConvNetW32 trains 1.1 to 1.7 times as fast. The second derivatives of an unrolled
+    student are faster without them.
+    """
+
+    differentiated_twice = False
+
+    def __init__(self):
+        super().__init__(2)
+
+    def forward(self, x):
+        if self.differentiated_twice or not is_compiled_for_cpu(x):
+            return super().forward(x)
+        height, width = (side // 2 * 2 for side in x.shape[2:])
+        cells = x[..., :height, :width].unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
+        return cells.mean((3, 5))
+
+
+POOLINGS = {"none": None, "max": lambda: nn.MaxPool2d(2), "avg": AvgPool}
 
 NORMS = {  # each takes the feature map's channels and side length
     "none": None,

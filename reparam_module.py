@@ -49,10 +49,19 @@ and v_i, with two collectives of P numbers per step. Each rank adds up its own p
 ∂L/∂y_i and ∂L/∂α. The caller takes their means over the ranks, once.
 """
 
+import copy
+
 import torch
 from torch import nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
+
+from networks import AvgPool, is_compiled_for_cpu
+
+
+def identity(what):
+    """The argument itself."""
+    return what
 
 
 class ReparamModule(nn.Module):
@@ -60,11 +69,15 @@ class ReparamModule(nn.Module):
 
     The network's own parameters only provide names and shapes. `num_params` is P, the length of the
     vector. `amp` computes in bfloat16. Parameters, logits and gradients keep their precision.
-    Raises ValueError for a network with batch statistics: its output depends on more than θ and x.
+    `twice`: compiled code is differentiated twice, as an unrolled student's is. Raises ValueError
+    for a network with batch statistics: its output depends on more than θ and x.
     """
 
-    def __init__(self, network, amp=False):
+    def __init__(self, network, amp=False, twice=True):
         super().__init__()
+        for pooling in network.modules():
+            if isinstance(pooling, AvgPool):
+                pooling.differentiated_twice = twice
         if fault := student_fault(network):
             raise ValueError(fault)
         self.network = network
@@ -73,6 +86,10 @@ class ReparamModule(nn.Module):
         self.shapes = [p.shape for p in parameters]
         self.sizes = [p.numel() for p in parameters]
         self.num_params = sum(self.sizes)
+
+    def once(self, features=identity):
+        """The same network, or a network of its features, for code that is differentiated once."""
+        return ReparamModule(features(copy.deepcopy(self.network)), self.amp, twice=False)
 
     def forward(self, x, flat_params):
         """Logits (B, classes) of images `x` for parameters `flat_params` (P,).
@@ -107,18 +124,9 @@ def student_fault(network):
         )
 
 
-def is_compiled_for_cpu(x):
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
-
-
 def as_they_are(synthetic, batch):
     """An `augment` for ready-made batches (x_i, y_i), in the graph of `synthetic`."""
     return batch
-
-
-def identity(what):
-    """The argument itself."""
-    return what
 
 
 class Unroll:

@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 from objectives.classwise import NO_TRAINING, loops_of, make_classwise
 from objectives.pairs import in_parts, mean_over_parts
-from reparam_module import ReparamModule
 
 EARLY_WEIGHT, LATE_WEIGHT = 0.1, 1.0  # w_l
 DISCRIMINATION = 0.01
@@ -162,16 +161,15 @@ class AlignFeatures:
 def make_distributions(args, inputs, state):
     """The iteration of --objective=dm."""
     compile = inputs.machine.compiler.function
-    student = ReparamModule(LastFeatures(inputs.student.network), inputs.student.amp)
+    student = inputs.student.once(LastFeatures)
     goal = MatchDistributions(compile(mean_features(student)), compile(class_means(student)))
     return make_classwise(args, inputs, state, goal, NO_TRAINING)
 
 
 def make_features(args, inputs, state):
     """The iteration of --objective=cafe."""
-    compile, network = inputs.machine.compiler.function, inputs.student.network
-    student = ReparamModule(AllFeatures(network), inputs.student.amp)
-    size = last_size(network)
+    compile, student = inputs.machine.compiler.function, inputs.student.once(AllFeatures)
+    size = last_size(inputs.student.network)
     real_features = compile(mean_and_last(student, size))
     goal = AlignFeatures(real_features, compile(class_means(student)), size)
     return make_classwise(args, inputs, state, goal, loops_of(args.ipc))

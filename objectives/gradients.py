@@ -103,5 +103,6 @@ class MatchGradients:
 def make_gradients(args, inputs, state):
     """The iteration of --objective=dc and dsa, which differ by what augments."""
     compile, student = inputs.machine.compiler.function, inputs.student
-    goal = MatchGradients(compile(class_gradient(student)), compile(gradient_distance(student)))
+    real_gradient = compile(class_gradient(student.once()))
+    goal = MatchGradients(real_gradient, compile(gradient_distance(student)))
     return make_classwise(args, inputs, state, goal, loops_of(args.ipc))

@@ -63,6 +63,6 @@ def make_real_loss(args, inputs, state):
         batch=args.batch_objective,
         total_steps=args.total_steps,
         syn_steps=args.syn_steps,
-        loss=inputs.machine.compiler.function(real_loss(inputs.student)),
+        loss=inputs.machine.compiler.function(real_loss(inputs.student.once())),
     )
     return make_segments(args, inputs, state, goal)

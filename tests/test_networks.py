@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from networks import ALIASES, NETWORKS, get_network
+from networks import ALIASES, NETWORKS, AvgPool, get_network
 from reparam_module import ReparamModule
 
 TOO_DEEP = ("ConvNetD7", "ConvNetD8")
@@ -71,3 +72,29 @@ def test_the_classifier_has_2048_inputs_at_64_pixels(name):
 )
 def test_variants_change_what_their_names_say(name, attribute, value):
     assert getattr(get_network(name, 3, 10, 64).classifier, attribute) == value
+
+
+@pytest.mark.parametrize("side", [8, 9])
+def test_the_compiled_form_of_average_pooling_has_the_same_values_and_gradients(side):
+    x = torch.randn(3, 4, side, side, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    weights = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(AvgPool(), dynamic=False, backend="aot_eager")
+    results = []
+    for pool in (compiled, lambda x: F.avg_pool2d(x, 2)):
+        y = pool(x)
+        results.append((y, *torch.autograd.grad((weights * y).sum(), x)))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)
+
+
+def test_only_a_student_that_is_differentiated_twice_keeps_pytorchs_pooling():
+    def forms(module):
+        pools = [pool for pool in module.modules() if isinstance(pool, AvgPool)]
+        return [pool.differentiated_twice for pool in pools]
+
+    network = get_network("ConvNetD2", 3, 10, 16)
+    assert forms(network) == [False] * 2
+    student = ReparamModule(network)
+    assert forms(student.once()) == [False] * 2
+    assert forms(student) == [True] * 2
