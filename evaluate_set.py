@@ -245,4 +245,6 @@ def exported_record(args, data):
     """The record of an exported set, without folders of this machine: `files.RunRecord`."""
     flags = {n: v for n, v in run_flags(args).items() if not isinstance(getattr(args, n), Path)}
     settings = {"data": data.settings["digest"], "classes": data.classes} | data.settings
+    if args.split:
+        settings["split"] = args.split.name
     return {"settings": settings, "flags": flags | {"factor": 1}, "wandb_id": ""}

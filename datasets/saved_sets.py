@@ -279,7 +279,9 @@ def check_set(what, images, texture, settings, form, flag):
     if record := read_record(what, flag):
         now = {key: settings[key] for key in ("dataset", "zca", "val_fraction")}
         now |= {"data": settings["digest"], "texture": texture}
-        files.check_record(saved_folder(what), record.flags | record.settings, now, "set")
+        lists = record.settings.get("split")  # of an exported set, whose flags name no folder
+        remedy = f"set. It was made with the lists --split={lists}" if lists else "set"
+        files.check_record(saved_folder(what), record.flags | record.settings, now, remedy)
     else:
         warnings.warn(
             f"{flag}: {what} has no record of its settings. If it was not made for "

@@ -102,5 +102,13 @@ def test_a_run_on_a_published_split_names_its_test_images(run_here, tiny_folder,
     assert names == [f"{name}/{name}_6.jpg" for name in CLASS_NAMES]
     data = json.loads((folder / "results.json").read_text())["data"]
     assert data["digest"] == read(tiny_folder, splits).settings["digest"]
+    export = [f"--evaluate={folder}", "--export=exported", f"--data_path={tiny_folder}"]
+    done = run_here("distillation.py", *export, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    exported = [*flags[:-1], "--evaluate=exported", "--num_eval=1", "--epoch_eval_train=1"]
+    done = run_here("distillation.py", *exported, "--val_fraction=0.2", cwd=tmp_path)
+    assert done.returncode == 2 and f"made with the lists --split={splits.name}" in done.stderr
+    done = run_here("distillation.py", *exported, flags[-1], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     done = run_here("distillation.py", *flags, "--val_fraction=0.2", cwd=tmp_path)
     assert done.returncode == 2 and "--split and --val_fraction=0.2" in done.stderr
