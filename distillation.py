@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import evaluate_set
 import evaluation
+import exclusions
 import flags
 import trajectories
 import utils
@@ -33,13 +34,12 @@ from evaluation import Evaluator, evaluate_real
 from objectives import OBJECTIVES
 from objectives.segments import batch_syn_of
 from reparam_module import ReparamModule
-from run import report, wandb_page
+from run import report, show
 from run.folder import default_name, open_run, run_flags, run_settings, saved_if_stopped
-from run.scores import spread
 from run.state import LABELS, Rules, Start, State
-from system import files, machine, process, resources
+from system import files, machine, process
 from system.machine import Machine
-from system.process import Interval, ReportedError, stop
+from system.process import Interval, ReportedError
 from trajectories import Experts, load_experts
 from uses import TASKS
 
@@ -59,7 +59,7 @@ def parse_args():
     """The flags of this run: given ones win over a saved run's, a preset's, and the defaults."""
     parser = make_parser()
     given = parser.given()
-    flags.check_commands(parser, given)
+    exclusions.check_commands(parser, given)
 
     # A saved run brings its own flags, so that evaluating or resuming it needs no others.
     what, start = given.get("evaluate"), given.get("pix_init")
@@ -86,7 +86,7 @@ def parse_args():
         if what == "full":
             saved["epoch_eval_train"] = 50  # an epoch has far more steps
     args = flags.completed(parser, preset, saved, given)
-    flags.check_combinations(parser, args)
+    exclusions.check_combinations(parser, args)
     return args
 
 
@@ -228,135 +228,6 @@ def initial_logits(args, inputs, images, labels):
 
 
 # --------------------------------------------------------------------------------------------------
-# What a run shows
-
-
-def facts_about(inputs, settings):
-    """Facts about a run with which results.json opens."""
-    return {
-        "settings": settings,
-        "data": inputs.data.settings,
-        "experts": len(inputs.experts.members),
-        "experts_test_accuracy": inputs.experts.test_accuracies,
-        "versions": process.versions(),
-        "device": str(inputs.machine),
-    }
-
-
-def title_of(args):
-    return f"{args.dataset}, {args.model}"
-
-
-def status_of(state):
-    """Say where a run stands, in a few words."""
-    best = state.evaluations.best_accuracy
-    return f"loss {state.losses[-1]:.4f}, α {state.current_alpha:.5f}, best {best:.1%}"
-
-
-def is_kept(args, state):
-    """Tell whether to keep the images: at a new best, every 1000 iterations, and at the end."""
-    it = len(state.losses)
-    return state.evaluations.latest_is_best or it % 1000 == 0 or it == args.Iteration
-
-
-def show_evaluation(args, run, state, data, view=report.RGB_VIEW):
-    """Print the latest evaluation, write its files, and return what Weights & Biases shows."""
-    it, rows = len(state.losses), state.evaluations.comparable
-    process.write_line(report.evaluation_lines(rows[-1]))
-    images = state.images.cpu()
-    pixels = data.to_pixels(images)
-    of_each = len(state.label_syn) // len(images)
-    names = [data.classes[label] for label in state.label_syn[::of_each].tolist()]
-    title = f"{title_of(args)}, iteration {it}"
-    shown = view.of_pixels(pixels)
-    grid = report.draw_grid(shown, names, title, pixels=True)
-    report.save_picture(run.folder / f"grid_{it:06d}.png", grid)
-    log = wandb_page.score_log(rows)
-    if is_kept(args, state):
-        run.save_set(state, pixels if data.zca else None)
-        log["Pixels"] = wandb_page.histogram(images)
-        if not (args.ipc < 50 or args.force_save):
-            return log
-        if view.is_stretched:
-            log |= wandb_page.band_log(images, shown, names, title)
-        else:
-            views = {"Synthetic": images} | ({"Reconstructed": pixels} if data.zca else {})
-            log |= wandb_page.picture_log(views, names, title)
-    return log
-
-
-def curves_of(args, state):
-    """The curves of a run so far."""
-    objective = OBJECTIVES[args.objective]
-    return report.Curves(
-        title=f"{title_of(args)}, images per class: {args.ipc}, seed {args.seed}",
-        rows=state.evaluations.comparable,
-        baselines=state.baselines,
-        losses=state.losses,
-        loss_title=objective.title,
-        standstill=objective.standstill,
-    )
-
-
-def closing_table(run, state, data, experts):
-    """Compare networks trained on real images, on the distilled ones, and on all real ones."""
-    best = state.evaluations.best
-    count = len(state.images)
-    tiles = len(state.label_syn) // count
-    of_tiles = f" of {tiles} tiles" if tiles > 1 else ""
-    titles = [f"{count} random real images{of_tiles}", "the same, at the learned α"]
-    rows = [(*pair,) for pair in zip(titles, state.baselines)]
-    rows.append((f"{count} distilled images{of_tiles}", best))
-    rows = [(title, row["syn_lr"], row["scores"]) for title, row in rows]
-    if accuracies := experts.test_accuracies:
-        reached = {"(experts)": f"{'':16}   {spread(accuracies)}"}
-        rows.append((f"all {len(data.train[1])} images (no momentum)", None, reached))
-    names = "images_best.pt, curves.png, animation.gif, results.json, ..."
-    return (
-        f"\nBest iteration: {best['iteration']}\n{report.closing_table(rows)}\n"
-        f"Files: {run.folder} ({names})"
-    )
-
-
-def finish(args, run, state, dashboard, facts):
-    """Write everything, close the page, then mark the run as finished."""
-    stop.release()  # a signal ends the process at once, and the next start does the rest
-    memory = run.ranks.gather(resources.peak_memory(state.label_syn.device))
-    if not run.ranks.is_first:
-        return
-    run.save_results(facts, state)
-    report.save_curves(run.folder / "curves.png", curves_of(args, state))
-    report.save_animation(run.folder)
-    # Last of all: if killed before this, the next start makes everything again.
-    dashboard.finish(**wandb_page.run_summary(state.evaluations, state.seconds, memory))
-    state.finished = True
-    run.save(state)
-    if len(memory) > 1:
-        print(report.memory_line(memory), flush=True)
-
-
-def open_dashboard(args, run, settings):
-    """The run's page on Weights & Biases, which rank 0 has."""
-    if not run.ranks.is_first:
-        return wandb_page.Dashboard(run.folder, "Progress", "disabled")
-    config = vars(args) | settings | process.versions()
-    page = {"id": run.wandb_id, "name": run.folder.name, "config": config}
-    return wandb_page.Dashboard(run.folder, "Progress", **flags.wandb_options(args), **page)
-
-
-def print_opening(run, state, experts, dashboard):
-    """Print the first lines of a run."""
-    count, it = len(state.images), len(state.losses)
-    print(f"synthetic images: {count}, experts: {len(experts.members)}; results in {run.folder}")
-    print(dashboard.where_to_look())
-    if "alpha" not in state.learned:
-        print(f"α is not learned: evaluation trains with --lr_teacher={state.alpha:g}")
-    if state.seconds_before:
-        print(f"resuming at iteration {it}; to start from scratch, remove {run.folder}")
-    print(report.EVALUATION_HEADER, flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
 # Main
 
 
@@ -381,10 +252,10 @@ def main():
         if state.finished:
             it = len(state.losses)
             print(f"finished before, at iteration {it}; to start from scratch, remove {folder}")
-            print(closing_table(run, state, data, inputs.experts))
+            print(show.closing_table(run, state, data, inputs.experts))
             return
-        dashboard = open_dashboard(args, run, settings)
-        print_opening(run, state, inputs.experts, dashboard)
+        dashboard = show.open_dashboard(args, run, settings)
+        show.print_opening(run, state, inputs.experts, dashboard)
         run.save_test_names(data.test_names)
         with saved_if_stopped(run, state, dashboard):
             if inputs.real_sets is None:
@@ -411,10 +282,10 @@ def main():
                     scores = evaluator(state.images, state.labels, state.alpha, key, state.targets)
                     state.add_evaluation(scores, evaluator.epochs)
                     if ranks.is_first:
-                        log |= show_evaluation(args, run, state, data, inputs.view)
-                        run.save_results(facts_about(inputs, settings), state)
+                        log |= show.evaluation(args, run, state, data, inputs.view)
+                        run.save_results(show.facts_about(inputs, settings), state)
                         if curves_due.due():
-                            report.save_curves(run.folder / "curves.png", curves_of(args, state))
+                            show.save_curves(args, run, state)
                 dashboard.log(log, step=it)
                 # After the files of an evaluation: a run killed in between evaluates again.
                 if due or it % args.checkpoint_every == 0:
@@ -433,7 +304,7 @@ def main():
 
                 seconds = time.perf_counter() - begin
                 dashboard.log({objective.log_key: loss, **step.log, "Seconds": seconds}, step=it)
-                status = status_of(state)
+                status = show.status_of(state)
                 bar.set_postfix_str(status, refresh=False)
                 if status_due.due():  # for logs, where there is no bar
                     left = time_left(it + 1 - numbers.start)
@@ -446,9 +317,9 @@ def main():
             if best["iteration"] and not math.isclose(before, best["syn_lr"], rel_tol=1e-6):
                 real = evaluate_real(evaluator, inputs.real_sets, best["syn_lr"], args.seed)
                 state.baselines = [state.baselines[0], real]
-            finish(args, run, state, dashboard, facts_about(inputs, settings))
+            show.finish(args, run, state, dashboard, show.facts_about(inputs, settings))
             if ranks.is_first:
-                print(closing_table(run, state, data, inputs.experts), flush=True)
+                print(show.closing_table(run, state, data, inputs.experts), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from datasets.preprocessing import Data, random_real
 from kernels import KERNELS, ROWS, centred_targets, fit
 from reparam_module import ReparamModule
 from run.scores import Tested, scores_of, selection_rank
-from system import process
+from system import process, threads
 from system.compilation import Compiler
 from system.process import Interval, ReportedError, Stopped, stop
 from system.ranks import ALONE, Ranks
@@ -202,7 +202,7 @@ class Evaluator:
         # A thread for each network, so that its digits do not depend on how many there are.
         each_alone = is_small and self.data.device.type == "cpu"
         with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
-            process.in_threads(todo, each_alone, bar)
+            threads.in_threads(todo, each_alone, bar)
         return [results[trainee] for trainee in trainees]
 
     def test(self, network, forward):

@@ -23,7 +23,8 @@ import trajectories
 import utils
 from cli import Parser, boolean, count, fraction, not_negative, preset_flags
 from datasets import by_name
-from flags import add_shared_flags, check_split, selection_of, wandb_options
+from exclusions import check_split
+from flags import add_shared_flags, selection_of, wandb_options
 from reparam_module import student_fault
 from run.wandb_page import Dashboard
 from system import files, machine, process

@@ -1,4 +1,4 @@
-"""How a data set is split into images for training, validation and testing."""
+"""The split of a data set into images for training, validation and testing."""
 
 from dataclasses import dataclass
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from system import process
+from system import devices
 from system.compilation import Compiler
 from system.ranks import Ranks, join, local_device
 from system.resources import limit_threads
@@ -24,7 +24,7 @@ class Machine:
         return self.compiler.amp
 
     def __str__(self):
-        return process.describe(self.device, self.amp, self.ranks.size)
+        return devices.describe(self.device, self.amp, self.ranks.size)
 
 
 def set_up(device, compile, amp):
@@ -33,6 +33,6 @@ def set_up(device, compile, amp):
     Raises ReportedError for a device that is not there.
     """
     limit_threads()
-    device = process.check_device(local_device(device))
+    device = devices.check_device(local_device(device))
     ranks = join(device)
-    return Machine(device, ranks, Compiler(compile, process.check_amp(amp, device)))
+    return Machine(device, ranks, Compiler(compile, devices.check_amp(amp, device)))

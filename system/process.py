@@ -1,4 +1,4 @@
-"""The process of a script: errors, signals, progress, devices, versions."""
+"""The process of a script: errors, signals, progress, versions."""
 
 import ctypes
 import logging
@@ -7,12 +7,8 @@ import platform
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -99,6 +95,17 @@ def run_script(main, less_memory):
         text = f"rank {os.environ['RANK']}: {text}"
     print(one_line(f"{Path(sys.argv[0]).name}: {text}"), file=sys.stderr)
     sys.exit(code)
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory: returning large tensors costs a tenth of the time."""
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # no glibc: macOS, Windows, musl
+        return
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
 
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
@@ -325,118 +332,7 @@ def duration(seconds):
 
 
 # --------------------------------------------------------------------------------------------------
-# Threads
-
-
-def in_threads(iterators, each_alone, bar):
-    """Exhaust iterators, and count on a bar what they yield.
-
-    With `each_alone`, each has a thread of PyTorch's to itself, and as many as there are run at the
-    same time: if operations are small, that is faster than splitting operations. They take turns,
-    so that all end together. Otherwise, one runs after the other, with all threads. An exception in
-    one of them is raised here, and ends the others.
-    """
-    queue = deque(iterators)
-    threads = torch.get_num_threads()
-    failed = threading.Event()
-
-    def work():
-        torch.set_num_threads(1)
-        while queue and not failed.is_set():
-            with suppress(IndexError):  # another worker took the last one
-                take_turn(queue, bar, failed)
-
-    if not each_alone or threads == 1:
-        while queue:
-            take_turn(queue, bar, failed)
-        return
-    workers = min(len(queue), threads)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for worker in [pool.submit(work) for _ in range(workers)]:
-                    worker.result()
-            except BaseException:
-                failed.set()  # the pool waits for its workers
-                raise
-    finally:
-        torch.set_num_threads(threads)
-
-
-def take_turn(queue, bar, failed):
-    """Advance the first iterator of `queue`, and append it again unless it is exhausted."""
-    iterator = queue.popleft()
-    for count, _ in enumerate(iterator, start=1):
-        bar.update()
-        if failed.is_set():
-            return
-        if count == 20 and queue:
-            queue.append(iterator)
-            return
-
-
-# --------------------------------------------------------------------------------------------------
-# Device, versions
-
-
-def check_device(name):
-    """The torch device called `name`. Raises ReportedError if it cannot be used."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()  # the meta device, for one, has no data to copy
-        # A run's convolutions have few shapes, so benchmarking their algorithms pays off.
-        torch.backends.cudnn.benchmark = True
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ReportedError(
-            f"--device={name} cannot be used ({first_line(error)}): try --device=cpu"
-        ) from None
-
-
-def has_bfloat16(device):
-    """Tell whether `device` has instructions for bfloat16.
-
-    Without them PyTorch emulates it, which is slower than float32: three times on an x86 processor
-    with AVX-512 but without its bfloat16 extension, ten times without AVX-512.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def check_amp(amp, device):
-    """`amp` if `device` has bfloat16, else False, with a warning."""
-    if amp and not has_bfloat16(device):
-        warnings.warn(f"--amp: this {device.type} has no bfloat16; continuing in float32")
-        return False
-    return amp
-
-
-def describe(device, amp, ranks=1):
-    """The device and its precision, for the first line of output: a wrong driver means the CPU."""
-    precision = "bfloat16" if amp else "float32"
-    if ranks > 1:
-        precision += f", {ranks} processes"
-    if device.type != "cuda":
-        return f"{device.type.upper()}, threads: {torch.get_num_threads()}, {precision}"
-    # PyTorch's default, as in MTT: faster on Ampere and later, and exact to three digits only.
-    if torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0):
-        precision += ", convolutions in TF32"
-    return f"{torch.cuda.get_device_name(device)}, {precision}"
-
-
-def keep_freed_memory():
-    """Let glibc keep freed memory: returning large tensors costs a tenth of the time."""
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # no glibc: macOS, Windows, musl
-        return
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_max, 0)
-
+# Versions
 
 VERSION = "1.0"  # of this project
 

@@ -26,7 +26,7 @@ import distillation  # found through the line above
 import flags
 from datasets import by_name
 from datasets.toysat import write_toysat
-from system import process
+from system import devices
 
 # Those of the user, so that not every new home has matplotlib list the machine's fonts.
 os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
@@ -59,7 +59,7 @@ def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
 
 def pytest_collection_modifyitems(items):
     """Skip tests marked `bfloat16` where the processor lacks it."""
-    if not process.has_bfloat16(torch.device("cpu")):
+    if not devices.has_bfloat16(torch.device("cpu")):
         for item in items:
             if item.get_closest_marker("bfloat16"):
                 item.add_marker(pytest.mark.skip(reason="this processor has no bfloat16"))

@@ -35,7 +35,7 @@ from evaluation import Evaluator
 from networks import get_network
 from objectives.trajectory import matching_loss
 from reparam_module import AdjointUnroll, AutogradUnroll, ReparamModule
-from system import process
+from system import devices, process
 from system.compilation import Compiler
 from system.machine import Machine
 from system.ranks import ALONE
@@ -377,7 +377,7 @@ def main():
         sys.exit(2)
     setup = Setup(device=device, **(GPU if device.type == "cuda" else TINY))
     torch.backends.cudnn.allow_tf32 = False  # exact to three digits only
-    print(process.describe(device, amp=False), flush=True)
+    print(devices.describe(device, amp=False), flush=True)
     failed = 0
     for name, check in CHECKS.items():
         start = time.perf_counter()

@@ -24,7 +24,7 @@ from objectives.real_loss import RealLoss, real_loss
 from objectives.segments import Segments
 from objectives.trajectory import MatchTrajectory
 from reparam_module import AdjointUnroll, ReparamModule
-from system import process
+from system import devices
 from system.compilation import Compiler
 from system.machine import Machine
 from system.ranks import ALONE
@@ -304,14 +304,14 @@ def test_networks_that_are_evaluated_together_wait_once(waits, evaluator):
 def test_bfloat16_and_tf32_are_for_recent_gpus(monkeypatch, capability, is_recent):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    assert process.has_bfloat16(CUDA) == is_recent
-    text = process.describe(CUDA, amp=False)
+    assert devices.has_bfloat16(CUDA) == is_recent
+    text = devices.describe(CUDA, amp=False)
     assert text.startswith("a GPU, float32") and ("TF32" in text) == is_recent
     if is_recent:
-        assert process.check_amp(True, CUDA)
+        assert devices.check_amp(True, CUDA)
     else:
         with pytest.warns(UserWarning, match="this cuda has no bfloat16"):
-            assert not process.check_amp(True, CUDA)
+            assert not devices.check_amp(True, CUDA)
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -319,4 +319,4 @@ def test_without_tf32_none_is_mentioned(monkeypatch, amp):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert process.describe(CUDA, amp) == f"a GPU, {'bfloat16' if amp else 'float32'}"
+    assert devices.describe(CUDA, amp) == f"a GPU, {'bfloat16' if amp else 'float32'}"

@@ -15,7 +15,7 @@ from datasets import folders
 from datasets.preprocessing import Form, Layout, noise
 from objectives.segments import student_augment
 from run.state import first_fault
-from system import compilation, process
+from system import compilation, devices
 
 SCRIPT, EXPERTS_SCRIPT = "distillation.py", "expert_trajectories.py"
 MODEL = "ConvNetD1"
@@ -297,7 +297,7 @@ def test_load_all_changes_no_bit(whole_run, distill):
 def test_without_bfloat16_a_warning_says_so_and_the_run_is_that_of_float32(
     whole_run, distill, monkeypatch
 ):
-    monkeypatch.setattr(process, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     message = "--amp: this cpu has no bfloat16; continuing in float32"
     with pytest.warns(UserWarning, match=message):
         folder, record = distill(*LEARNING, "--amp")

@@ -29,7 +29,7 @@ from evaluation import (
 from networks import ConvNet
 from reparam_module import ReparamModule
 from run.scores import Evaluations, Scores, from_json, to_json
-from system import process
+from system import process, threads
 from system.compilation import FAILURES, Compiler
 from system.machine import Machine
 from system.process import ReportedError
@@ -196,9 +196,9 @@ def test_a_network_ends_the_same_bit_for_bit_on_any_number_of_threads(evaluator,
     assert single.test == scores[0].test[:1] and single.classes == scores[0].classes[:1]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_iterators_in_threads_take_turns_and_what_one_raises_ends_all(set_threads, threads):
-    set_threads(threads)
+@pytest.mark.parametrize("number", [1, 2])
+def test_iterators_in_threads_take_turns_and_what_one_raises_ends_all(set_threads, number):
+    set_threads(number)
     bar = process.progress(total=300)
     order = []
 
@@ -209,13 +209,13 @@ def test_iterators_in_threads_take_turns_and_what_one_raises_ends_all(set_thread
         if name == "faulty":
             raise ReportedError("at its end")
 
-    process.in_threads([count(k, 60) for k in range(3)], True, bar)
+    threads.in_threads([count(k, 60) for k in range(3)], True, bar)
     assert [order.count(k) for k in range(3)] == [60] * 3
-    if threads == 1:
+    if number == 1:
         assert order == [k for _ in range(3) for k in range(3) for _ in range(20)]
     with pytest.raises(ReportedError, match="at its end"):
-        process.in_threads([count("endless", 10**9), count("faulty", 25)], True, bar)
-    assert torch.get_num_threads() == threads
+        threads.in_threads([count("endless", 10**9), count("faulty", 25)], True, bar)
+    assert torch.get_num_threads() == number
 
 
 def test_networks_trained_together_keep_parameters_aligned_to_16_bytes(evaluator):

@@ -11,7 +11,7 @@ from conftest import history, records_of
 from outcomes import assert_same_experts, experts_by_seed, folder_with
 
 import trajectories
-from system import process
+from system import devices, process
 
 SCRIPT = "expert_trajectories.py"
 
@@ -200,7 +200,7 @@ def test_bfloat16_gives_nearly_the_same_experts(train, usual):
 def test_a_processor_has_bfloat16_only_if_it_has_the_instructions():
     flags = set(Path("/proc/cpuinfo").read_text().split())
     has = bool(flags & {"avx512_bf16", "amx_bf16"})
-    assert process.has_bfloat16(torch.device("cpu")) == has
+    assert devices.has_bfloat16(torch.device("cpu")) == has
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ import torch
 from conftest import arguments
 from PIL import Image
 
-import distillation
-from run import report, wandb_page
+from run import report, show, wandb_page
 from run.folder import Run
 from run.report import draw_grid
 from run.scores import Evaluations, Scores
@@ -156,7 +155,7 @@ def test_tensors_are_kept_of_a_new_best_but_pictures_of_all(run, latest, kept):
     args, run, state, data = run
     args.Iteration = 5000
     state.evaluations = evaluations((0.2, 0.2), (0.5, 0.7), latest)
-    distillation.show_evaluation(args, run, state, data)
+    show.evaluation(args, run, state, data)
     names = {path.name for path in run.folder.iterdir()}
     tensors = {f"{n}_{tag}.pt" for n in ("images", "labels", "syn_lr") for tag in ("2", "best")}
     assert names == {"grid_000002.png"} | (tensors if kept else set())
@@ -167,7 +166,7 @@ def test_tensors_are_kept_of_every_thousandth_iteration_and_of_the_last(run, ite
     args, _, state, _ = run
     args.Iteration = 4999
     state.losses = [0.9] * iteration
-    assert distillation.is_kept(args, state) == kept
+    assert show.is_kept(args, state) == kept
 
 
 @pytest.mark.parametrize("val", [True, False])
@@ -176,7 +175,7 @@ def test_curves_are_drawn_of_few_and_of_many_iterations(run, val, count):
     args, run, state, _ = run
     state.evaluations = evaluations(*[(0.2, 0.3)] * count, val=val)
     state.losses = [0.9] * (200 * (count - 1))
-    report.save_curves(run.folder / "curves.png", distillation.curves_of(args, state))
+    report.save_curves(run.folder / "curves.png", show.curves_of(args, state))
     with Image.open(run.folder / "curves.png") as picture:
         assert picture.size == (1600, 450) and len(picture.getcolors(2**20)) > 100
 
@@ -195,7 +194,7 @@ def test_an_animation_has_a_frame_per_grid_in_their_order(tmp_path):
 def test_results_are_json_with_every_number(run):
     _, run, state, data = run
     inputs = SimpleNamespace(data=data, experts=EXPERTS, machine="CPU")
-    run.save_results(distillation.facts_about(inputs, {"model": "MLP"}), state)
+    run.save_results(show.facts_about(inputs, {"model": "MLP"}), state)
     content = report.files.read_json(
         run.folder / "results.json",
         evaluations=list,
@@ -217,12 +216,12 @@ def test_results_are_json_with_every_number(run):
 def test_a_run_opens_with_what_it_is_or_where_it_resumes(run, capsys):
     _, run, state, _ = run
     dashboard = SimpleNamespace(where_to_look=lambda: "no wandb")
-    distillation.print_opening(run, state, EXPERTS, dashboard)
+    show.print_opening(run, state, EXPERTS, dashboard)
     lines = capsys.readouterr().out.splitlines()
     assert "4, experts: 3" in lines[0] and str(run.folder) in lines[0]
     assert lines[-1] == report.EVALUATION_HEADER and len(lines) == 3
     state.seconds_before = 1.0
-    distillation.print_opening(run, state, EXPERTS, dashboard)
+    show.print_opening(run, state, EXPERTS, dashboard)
     assert "resuming at iteration 2" in capsys.readouterr().out
 
 
@@ -236,7 +235,7 @@ def test_an_evaluation_takes_a_line_under_the_header_per_network():
 
 def test_the_closing_table_compares_real_distilled_and_all_images(run):
     _, run, state, data = run
-    table = distillation.closing_table(run, state, data, EXPERTS)
+    table = show.closing_table(run, state, data, EXPERTS)
     _, best, header, real, distilled, experts, place = table.splitlines()
     assert best == "Best iteration: 1" and header.split()[:3] == ["trained", "on", "α"]
     assert real.split()[:6] == ["4", "random", "real", "images", "0.01000", "MLP"]
@@ -288,7 +287,7 @@ def test_from_50_images_per_class_on_pictures_are_logged_only_when_forced(
 ):
     args, run, state, data = run
     args.ipc, args.force_save = ipc, force_save
-    log = distillation.show_evaluation(args, run, state, data)
+    log = show.evaluation(args, run, state, data)
     assert "Accuracy/MLP" in log and "Pixels" in log
     assert ("Synthetic_Images" in log) == ("Synthetic_Pixels" in log) == pictures
 
@@ -296,7 +295,7 @@ def test_from_50_images_per_class_on_pictures_are_logged_only_when_forced(
 def test_images_are_logged_only_where_they_are_kept(run):
     args, run, state, data = run
     args.Iteration, args.force_save = 5000, True
-    log = distillation.show_evaluation(args, run, state, data)
+    log = show.evaluation(args, run, state, data)
     assert "Accuracy/MLP" in log and "Pixels" not in log
 
 

@@ -51,7 +51,7 @@ from evaluation import Evaluator
 from objectives import OBJECTIVES
 from objectives.trajectory import matching_loss
 from reparam_module import UNROLLS, ReparamModule
-from system import files, process, resources
+from system import devices, files, process, resources
 from system.compilation import Compiler
 from system.machine import Machine
 from system.ranks import ALONE
@@ -624,7 +624,7 @@ def main(argv=None):
         print(json.dumps(measure(**args.child)))
         return
     device = torch.device(args.device)
-    args.amp = process.check_amp(args.amp, device)
+    args.amp = devices.check_amp(args.amp, device)
     if args.objective:
         results = {"objectives": compare_objectives(args)}
     else:

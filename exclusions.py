@@ -1,0 +1,117 @@
+"""Flags of the scripts that exclude each other."""
+
+from datasets.bands import RGB
+from datasets.coresets import CORESETS
+from datasets.saved_sets import REAL_SETS, is_saved
+from evaluation import EVAL_POOLS
+from flags import defaults_for
+from kernels import KERNELS
+from objectives import OBJECTIVES
+from run.state import LABELS
+from uses import TASKS
+
+
+def check_split(parser, given):
+    """Refuse --val_fraction beside --split."""
+    if given.get("split") and "val_fraction" in given:
+        reason = "the lists say which images are for validation: leave it out"
+        parser.error(f"--split and --val_fraction={given['val_fraction']}: {reason}")
+
+
+def check_objective(parser, args):
+    """Refuse flags that have no meaning for the objective."""
+    objective = OBJECTIVES[args.objective]
+    if args.labels not in objective.labels:
+        known = " or ".join(objective.labels)
+        reason = f"--objective={args.objective} takes --labels={known}"
+        parser.error(f"--labels={args.labels}: {reason}")
+    defaults = defaults_for(parser, args)
+    for name in objective.refuses:
+        value = getattr(args, name)
+        if value != defaults[name]:
+            reason = f"it has no meaning for --objective={args.objective}: leave it out"
+            parser.error(f"--{name}={value}: {reason}")
+
+
+def check_combinations(parser, args):
+    """Refuse flags of distillation.py that cannot be combined."""
+    if not args.evaluate:  # of which an objective is no part
+        check_objective(parser, args)
+    if args.total_steps < args.syn_steps:
+        reason = f"lower than --syn_steps={args.syn_steps}, which are part of them"
+        parser.error(f"--total_steps={args.total_steps} is {reason}")
+    is_soft = LABELS[args.labels].soft
+    if is_soft and args.texture:
+        reason = "experts do not take canvases: leave one out"
+        parser.error(f"--labels={args.labels} and --texture cannot be combined: {reason}")
+    if args.label_epoch and not is_soft:
+        reason = "hard labels are the classes: add --labels=soft or learned"
+        parser.error(f"--label_epoch={args.label_epoch}: {reason}")
+    if args.shard_batch and args.unroll == "autograd":
+        parser.error("--shard_batch and --unroll=autograd cannot be combined: leave one out")
+    for name in ("texture", "zca"):
+        if args.factor > 1 and getattr(args, name):
+            reason = "tiles are parts of plain images: leave one out"
+            parser.error(f"--factor={args.factor} and --{name} cannot be combined: {reason}")
+    if args.factor > 1 and args.evaluate in (*CORESETS, "full"):
+        reason = "only random images are cut into tiles: leave one out"
+        parser.error(f"--factor={args.factor} and --evaluate={args.evaluate}: {reason}")
+    if args.search_alpha and not args.val_fraction:
+        parser.error("--search_alpha needs validation images: give --val_fraction=0.1")
+    if args.texture and any(name in KERNELS for name in EVAL_POOLS[args.eval_mode]):
+        reason = "kernel machines do not take canvases: leave one out"
+        parser.error(f"--eval_mode={args.eval_mode} and --texture cannot be combined: {reason}")
+    if args.task and TASKS[args.task].needs_validation and not args.val_fraction:
+        reason = "validation images choose α: give --val_fraction=0.1"
+        parser.error(f"--task={args.task} and --val_fraction=0 cannot be combined: {reason}")
+    if args.show_bands and args.bands == RGB:
+        reason = f"pictures show all three bands of --bands={RGB}: leave it out"
+        parser.error(f"--show_bands={args.show_bands}: {reason}")
+    if args.zca and args.texture:
+        reason = "whitening is fitted to whole images: leave one out"
+        parser.error(f"--zca and --texture cannot be combined: {reason}")
+
+
+def check_commands(parser, given):
+    """Refuse commands of distillation.py that contradict each other."""
+    check_split(parser, given)
+    if "resume" in given:
+        if given["resume"].is_file():
+            folder = given["resume"].parent
+            parser.error(f"--resume={given['resume']} is a file: name the run's folder, {folder}")
+        for name in ("run_name", "log_dir", "evaluate", "preset"):
+            if name in given:
+                parser.error(f"--resume and --{name} cannot be combined: leave one out")
+    what = given.get("evaluate")
+    if what == "":
+        names = ", ".join(REAL_SETS)
+        parser.error(f"--evaluate='' names nothing: give a run's folder, images_*.pt, {names}")
+    if is_saved(what):
+        for name in ("labels", "label_epoch"):
+            if name in given:
+                parser.error(f"--{name}={given[name]}: a saved set has its labels: leave it out")
+    elif what and "labels" in given and LABELS[given["labels"]].learned:
+        labels = given["labels"]
+        parser.error(f"--labels={labels}: nothing is learned of --evaluate={what}: hard or soft")
+    if given.get("search_alpha") and not what:
+        parser.error("--search_alpha needs --evaluate: in a run, α is learned")
+    if "export" in given and not is_saved(what):
+        parser.error("--export needs --evaluate with a saved set")
+    if "task" in given:
+        check_task(parser, given)
+
+
+def check_task(parser, given):
+    """Refuse flags beside --task that cannot be had with it."""
+    task, name = TASKS[given["task"]], given["task"]
+    if not is_saved(given.get("evaluate")):
+        parser.error(f"--task={name} needs --evaluate with a saved set")
+    if "export" in given:
+        parser.error(f"--task={name} and --export cannot be combined: leave one out")
+    if "eval_mode" in given and not task.eval_mode:
+        reason = "it trains networks called --model: leave it out"
+        parser.error(f"--task={name} and --eval_mode cannot be combined: {reason}")
+    for flag in ("lr_teacher", "search_alpha"):
+        if flag in given and not task.own_alpha:
+            reason = "it chooses α for each network: leave it out"
+            parser.error(f"--task={name} and --{flag} cannot be combined: {reason}")
