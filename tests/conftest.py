@@ -9,6 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -66,7 +67,18 @@ def pytest_collection_modifyitems(items):
 
 
 def history(folder):
-    """The rows that an offline run logged, as dictionaries, from its first start to its last."""
+    """The rows that an offline run logged, as dictionaries, from its first start to its last.
+
+    On a busy machine, wandb's own process may write them after the script's end.
+    """
+    for _ in range(40):
+        if rows := rows_of(folder):
+            return rows
+        time.sleep(0.25)
+    return []
+
+
+def rows_of(folder):
     rows = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for record in records_of(path.read_bytes()):

@@ -187,10 +187,10 @@ def set_threads():
 def test_a_network_ends_the_same_bit_for_bit_on_any_number_of_threads(evaluator, data, set_threads):
     images, labels = data.train
     scores = []
-    for threads in (1, 2, 4):
-        set_threads(threads)
+    for number in (1, 2, 4):
+        set_threads(number)
         scores.append(evaluator(images[:20], labels[:20], 0.01, (0, "key"))[MODEL])
-        assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == number
     assert scores[0] == scores[1] == scores[2]
     single = replace(evaluator, num_eval=1)(images[:20], labels[:20], 0.01, (0, "key"))[MODEL]
     assert single.test == scores[0].test[:1] and single.classes == scores[0].classes[:1]
