@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from objectives.classwise import NO_TRAINING, loops_of, make_classwise
 from objectives.pairs import in_parts, mean_over_parts
+from reparam_module import ReparamModule
 
 EARLY_WEIGHT, LATE_WEIGHT = 0.1, 1.0  # w_l
 DISCRIMINATION = 0.01
@@ -168,8 +169,10 @@ def make_distributions(args, inputs, state):
 
 def make_features(args, inputs, state):
     """The iteration of --objective=cafe."""
-    compile, student = inputs.machine.compiler.function, inputs.student.once(AllFeatures)
-    size = last_size(inputs.student.network)
+    compile, network = inputs.machine.compiler.function, inputs.student.network
+    # Not `once`: with that pooling, all features side by side take twice as long.
+    student = ReparamModule(AllFeatures(network), inputs.student.amp)
+    size = last_size(network)
     real_features = compile(mean_and_last(student, size))
     goal = AlignFeatures(real_features, compile(class_means(student)), size)
     return make_classwise(args, inputs, state, goal, loops_of(args.ipc))
