@@ -129,6 +129,24 @@ def as_they_are(synthetic, batch):
     return batch
 
 
+def make_step(student, momentum):
+    """f as a compilable function of the student's state, images, labels and α."""
+
+    def loss(theta, x, y):
+        return F.cross_entropy(student(x, theta), y)
+
+    def step(theta, x, y, alpha):
+        """θ_{i+1} = f(θ_i, x_i, y_i, α)"""
+        return (theta - alpha * grad(loss)(theta, x, y),)
+
+    def step_with_momentum(z, x, y, alpha):
+        theta, velocity = z
+        velocity = momentum * velocity + grad(loss)(theta, x, y)
+        return (torch.stack([theta - alpha * velocity, velocity]),)
+
+    return step_with_momentum if momentum else step
+
+
 class Unroll:
     """The common part of both engines: a student's step, and steps without a gradient.
 
@@ -149,22 +167,11 @@ class Unroll:
         mean=identity,
         momentum=0.0,
     ):
-        def loss(theta, x, y):
-            return F.cross_entropy(student(x, theta), y)
-
-        def step(theta, x, y, alpha):
-            """θ_{i+1} = f(θ_i, x_i, y_i, α)"""
-            return (theta - alpha * grad(loss)(theta, x, y),)
-
-        def step_with_momentum(z, x, y, alpha):
-            theta, velocity = z
-            velocity = momentum * velocity + grad(loss)(theta, x, y)
-            return (torch.stack([theta - alpha * velocity, velocity]),)
-
         self.student = student
         self.augment = augment
         self.momentum = momentum
-        self.step = compile(step_with_momentum if momentum else step)
+        self.step = compile(make_step(student, momentum))
+        self.plain_step = compile(make_step(student.once(), momentum))  # of `advance`
         self.memory = memory
         self.mean = mean
         self.bytes_per_step = 0  # what a step's graph keeps, known after the first step
@@ -181,7 +188,7 @@ class Unroll:
         theta = self.state_of(theta)
         for batch in batches:
             torch.compiler.cudagraph_mark_step_begin()
-            (theta,) = self.step(theta, *self.augment(synthetic, batch), syn_lr)
+            (theta,) = self.plain_step(theta, *self.augment(synthetic, batch), syn_lr)
             theta = self.mean(theta)
         return theta
 

@@ -1,6 +1,8 @@
-"""docs/ipc.png: accuracy against images per class, drawn from the table in docs/results.md.
+"""docs/ipc.png and docs/minutes.png: accuracy against images per class, and against time.
 
-python docs/make_figure.py
+    python docs/make_figure.py
+
+draws them from the tables in docs/results.md.
 """
 
 import re
@@ -25,7 +27,31 @@ def accuracies(row):
     return [(ipc, float(m[1]), float(m[2] or 0)) for ipc, m in zip((1, 10, 50), found) if m]
 
 
-def draw():
+def courses():
+    """The methods of the table of courses: names, minutes and accuracies at its iterations."""
+    text = (DOCS / "results.md").read_text()
+    table = text[text.index("| method | minutes before") :]
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| (0: [^|]+) \|$", table, re.MULTILINE)
+    for name, before, during, course in rows:
+        points = [tuple(map(float, point.split(":"))) for point in course.split(",")]
+        last = points[-1][0]
+        minutes = [float(before) + float(during) * it / last for it, _ in points]
+        yield name, minutes, [accuracy for _, accuracy in points]
+
+
+def draw_minutes():
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for name, minutes, accuracies in courses():
+        axis.plot(minutes, accuracies, marker="o", markersize=4, label=name)
+    axis.set(xlabel="minutes of one core, experts included", ylabel="test accuracy, %")
+    axis.set(ylim=(0, 60), xlim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", loc="lower right")
+    figure.savefig(DOCS / "minutes.png", dpi=110)
+
+
+def draw_images_per_class():
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     for label, rows in LINES.items():
@@ -42,4 +68,5 @@ def draw():
 
 
 if __name__ == "__main__":
-    draw()
+    draw_images_per_class()
+    draw_minutes()
