@@ -89,7 +89,9 @@ class ReparamModule(nn.Module):
 
     def once(self, features=identity):
         """The same network, or a network of its features, for code that is differentiated once."""
-        return ReparamModule(features(copy.deepcopy(self.network)), self.amp, twice=False)
+        same = {id(parameter): parameter for parameter in self.network.parameters()}
+        network = copy.deepcopy(self.network, same)  # which shares the parameters
+        return ReparamModule(features(network), self.amp, twice=False)
 
     def forward(self, x, flat_params):
         """Logits (B, classes) of images `x` for parameters `flat_params` (P,).

@@ -428,8 +428,8 @@ def test_compilation_is_of_the_steps_and_of_the_networks_of_an_evaluation(distil
     monkeypatch.setattr(torch, "compile", compile)
     _, record = distill("--compile", "--Iteration=1")
     assert "compile" not in record["settings"]
-    assert compiled == ["step", "step"] + ["ConvNet"] * len(compiled[2:])
-    assert len(compiled) == 2 + 2 + len(record["random_real"])
+    assert compiled == ["step"] * 4 + ["ConvNet"] * len(compiled[4:])  # with a gradient, without
+    assert len(compiled) == 4 + 2 + len(record["random_real"])
 
 
 def test_mini_batches_may_be_smaller_than_the_synthetic_set(distill):
