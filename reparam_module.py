@@ -96,7 +96,7 @@ class ReparamModule(nn.Module):
     def forward(self, x, flat_params):
         """Logits (B, classes) of images `x` for parameters `flat_params` (P,).
 
-        Raises ValueError for another P.
+        Of a network of features (`once`), a list of them. Raises ValueError for another P.
         """
         if flat_params.shape != (self.num_params,):
             raise ValueError(
@@ -109,7 +109,10 @@ class ReparamModule(nn.Module):
         if is_compiled_for_cpu(images):
             # The faster layout on a CPU. On a GPU, the compiler chooses it.
             images = images.contiguous(memory_format=torch.channels_last)
-        return functional_call(self.network, parameters, (images,)).to(x.dtype)
+        result = functional_call(self.network, parameters, (images,))
+        if isinstance(result, torch.Tensor):
+            return result.to(x.dtype)
+        return [features.to(x.dtype) for features in result]
 
     def parts(self, vector):
         """A vector (P,) as tensors with the shapes of the parameters."""

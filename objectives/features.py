@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 from objectives.classwise import NO_TRAINING, loops_of, make_classwise
 from objectives.pairs import in_parts, mean_over_parts
-from reparam_module import ReparamModule
 
 EARLY_WEIGHT, LATE_WEIGHT = 0.1, 1.0  # w_l
 DISCRIMINATION = 0.01
@@ -42,60 +41,61 @@ DISCRIMINATION = 0.01
 
 
 class LastFeatures(nn.Module):
-    """φ (B, D)."""
+    """A list of φ (B, D) alone."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
     def forward(self, x):
-        return self.network.layers(x)[-1].flatten(1)
+        return self.network.layers(x)[-1:]
 
 
 class AllFeatures(LastFeatures):
-    """√w_l φ_l of all layers side by side, and φ behind them (B, D).
+    """A list of √w_l φ_l of all layers (B, …), and φ (B, D) behind them.
 
     The square of a difference of their means is a summand of CAFE's first two terms.
     """
 
     def forward(self, x):
-        *early, late, last = (layer.flatten(1) for layer in self.network.layers(x))
+        *early, late, last = self.network.layers(x)
         scaled = [EARLY_WEIGHT**0.5 * layer for layer in early]
         scaled += [LATE_WEIGHT**0.5 * layer for layer in (late, last)]
-        return torch.cat([*scaled, last], dim=1)
+        return [*scaled, last]
 
 
-def last_size(network):
-    """The number of features in φ."""
-    *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
-    return last.in_features
+# Means come before features are put side by side: those of a mean are few.
 
 
 def mean_features(student):
     """Mean features (D,) as a compilable function of θ and images (B, C, H, W)."""
 
     def real_means(theta, x):
-        return (student(x, theta).mean(0),)
+        return (torch.cat([layer.mean(0).flatten() for layer in student(x, theta)]),)
 
     return real_means
 
 
-def mean_and_last(student, size):
+def mean_and_last(student):
     """The same, and φ of each image (B, size), which is the last of a student's features."""
 
     def real_features(theta, x):
-        features = student(x, theta)
-        return features.mean(0), features[:, -size:].contiguous()
+        layers = student(x, theta)
+        return torch.cat([layer.mean(0).flatten() for layer in layers]), layers[-1].flatten(1)
 
     return real_features
 
 
 def class_means(student):
-    """Mean features (classes, D) as a compilable function of θ and images (classes, n, C, H, W)."""
+    """Mean features (classes, D), and those of φ alone (classes, size).
+
+    A compilable function of θ and images (classes, n, C, H, W).
+    """
 
     def syn_means(theta, x):
-        features = student(x.flatten(0, 1), theta)
-        return (features.unflatten(0, x.shape[:2]).mean(1),)
+        layers = student(x.flatten(0, 1), theta)
+        means = [layer.unflatten(0, x.shape[:2]).mean(1).flatten(1) for layer in layers]
+        return torch.cat(means, dim=1), means[-1]
 
     return syn_means
 
@@ -116,7 +116,7 @@ class MatchDistributions:
             images = (views.real(label)[0] for label in own)
             real = [mean_over_parts(self.real_means, theta, x) for x in images]
         images = torch.stack([views.syn(label)[0] for label in own])  # (classes, n, C, H, W)
-        (syn,) = self.syn_means(theta, images)
+        syn, _ = self.syn_means(theta, images)
         loss = (torch.stack(real) - syn).square().sum()
         return loss.detach(), *torch.autograd.grad(loss, views.image_syn)
 
@@ -130,12 +130,10 @@ class AlignFeatures:
 
     real_features: Callable  # `mean_and_last` of all features, compiled
     syn_means: Callable  # `class_means` of all features, compiled
-    size: int  # of φ
 
     def __call__(self, theta, views, own):
         images = torch.stack([views.syn(label)[0] for label in views.labels])
-        (means,) = self.syn_means(theta, images)  # (classes, D)
-        centres = means[:, -self.size :]
+        means, centres = self.syn_means(theta, images)  # (classes, D), (classes, size)
         loss = 0
         for label in own:
             x, y = views.real(label)
@@ -169,10 +167,7 @@ def make_distributions(args, inputs, state):
 
 def make_features(args, inputs, state):
     """The iteration of --objective=cafe."""
-    compile, network = inputs.machine.compiler.function, inputs.student.network
-    # Not `once`: with that pooling, all features side by side take twice as long.
-    student = ReparamModule(AllFeatures(network), inputs.student.amp)
-    size = last_size(network)
-    real_features = compile(mean_and_last(student, size))
-    goal = AlignFeatures(real_features, compile(class_means(student)), size)
+    compile = inputs.machine.compiler.function
+    student = inputs.student.once(AllFeatures)
+    goal = AlignFeatures(compile(mean_and_last(student)), compile(class_means(student)))
     return make_classwise(args, inputs, state, goal, loops_of(args.ipc))
