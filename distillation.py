@@ -5,10 +5,10 @@
         --buffer_path=BUF --data_path=DATA
 
 needs the experts of `expert_trajectories.py` with the same --dataset, --model and --zca. With
-another --objective and hard labels it needs none. Every --eval_it iterations it trains fresh
-networks on the synthetic images and tests them on real ones. It logs to Weights & Biases and writes
-to logged_files/DATASET/RUN: images, labels and step size as tensors, pictures, an animation, and
-results.json.
+another --objective, and labels that are hard or those of a set in --pix_init, it needs none. Every
+--eval_it iterations it trains fresh networks on the synthetic images and tests them on real ones.
+It logs to Weights & Biases and writes to logged_files/DATASET/RUN: images, labels and step size as
+tensors, pictures, an animation, and results.json.
 
 On an NVIDIA H200, 5000 iterations of ConvNetW32, evaluated six times, take 8 minutes beside seven
 other runs. On two cores of an AMD EPYC, an iteration takes 0.7 seconds.
@@ -28,7 +28,7 @@ import flags
 import trajectories
 import utils
 from cli import Parser, preset_flags
-from datasets import by_name, saved_sets
+from datasets import by_name, initial_sets, saved_sets
 from datasets.preprocessing import Data, Layout, check_factor
 from evaluation import Evaluator, evaluate_real
 from objectives import OBJECTIVES
@@ -36,7 +36,8 @@ from objectives.segments import batch_syn_of
 from reparam_module import ReparamModule
 from run import report, show
 from run.folder import default_name, open_run, run_flags, run_settings, saved_if_stopped
-from run.state import LABELS, Rules, Start, State
+from run.rules import LABELS, Rules
+from run.state import Start, State
 from system import files, machine, process
 from system.machine import Machine
 from system.process import Interval, ReportedError
@@ -161,7 +162,8 @@ def load_inputs(args):
 def find_experts(args, student):
     """The experts that the objective or the labels need; none if neither does."""
     follows = OBJECTIVES[args.objective].needs_experts
-    if not (follows or LABELS[args.labels].soft):
+    has_labels = initial_sets.has_soft_labels(args.pix_init) and not args.label_epoch
+    if not follows and (has_labels or not LABELS[args.labels].soft):
         return Experts([])
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     experts = load_experts(
@@ -191,7 +193,7 @@ def initial_state(args, inputs):
     """The state of a run that begins: images, labels and α, and how they are learned."""
     layout = Layout(args.ipc, args.factor, args.canvas_size if args.texture else 1)
     random = utils.make_generator("distillation", args.seed)
-    start, source = saved_sets.initial_set(args.pix_init, layout, inputs.data, random)
+    start, source = initial_sets.initial_set(args.pix_init, layout, inputs.data, random)
     images, labels, classes = start
     logits = initial_logits(args, inputs, images, labels)
     objective = OBJECTIVES[args.objective]
@@ -213,7 +215,7 @@ def initial_logits(args, inputs, images, labels):
     """The tensor from which labels are read (n, classes), at the start; None: they are classes."""
     kind = LABELS[args.labels]
     if kind.centred:
-        return saved_sets.initial_targets(args.pix_init, labels, inputs.data.form)
+        return initial_sets.initial_targets(args.pix_init, labels, inputs.data.form)
     logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
     if logits is not None and not kind.soft:
         takers = [name for name in OBJECTIVES[args.objective].labels if LABELS[name].in_rows]

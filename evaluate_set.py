@@ -16,8 +16,8 @@ from datasets.saved_sets import check_set, is_saved, load_set, load_targets, sav
 from flags import selection_of
 from run import report
 from run.folder import run_flags
+from run.rules import LABELS
 from run.scores import to_json
-from run.state import LABELS
 from system import files, machine, process
 from system.process import ReportedError
 from trajectories import Experts, load_experts

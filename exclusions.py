@@ -7,7 +7,7 @@ from evaluation import EVAL_POOLS
 from flags import defaults_for
 from kernels import KERNELS
 from objectives import OBJECTIVES
-from run.state import LABELS
+from run.rules import LABELS
 from uses import TASKS
 
 

@@ -22,13 +22,13 @@ from cli import (
     strategy,
     wandb_name,
 )
-from datasets import saved_sets
+from datasets import initial_sets
 from datasets.bands import RGB
 from datasets.by_name import DATASETS, IM_SIZE, Selection
 from evaluation import EVAL_POOLS
 from objectives import OBJECTIVES
 from reparam_module import UNROLLS
-from run.state import IMAGE_OPTIMIZERS, LABELS, STEP_SIZE_OPTIMIZERS
+from run.rules import IMAGE_OPTIMIZERS, LABELS, STEP_SIZE_OPTIMIZERS
 from uses import TASKS
 from utils import DSA_STRATEGY
 
@@ -304,7 +304,7 @@ def add_set_flags(parser):
     )
     add(
         "--pix_init",
-        type=saved_sets.pix_init,
+        type=initial_sets.pix_init,
         default="real",
         metavar="real|noise|SET",
         help="initial images: real ones, noise, or a saved set with its α and labels",

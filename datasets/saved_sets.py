@@ -1,6 +1,5 @@
 """Saved sets of synthetic images, of this project and of other tools: written, read, checked."""
 
-import hashlib
 import json
 import math
 import warnings
@@ -11,7 +10,6 @@ import torch
 
 from datasets.coresets import CORESETS
 from datasets.preprocessing import PIX_INIT
-from kernels import centred_targets
 from system import files
 from system.process import ReportedError
 
@@ -327,43 +325,3 @@ def save_set(folder, tag, images, labels, syn_lr, targets=None):
         content["targets"] = targets
     for name, tensor in content.items():
         files.write_tensors(folder / f"{name}_{tag}.pt", tensor.cpu().clone())
-
-
-# --------------------------------------------------------------------------------------------------
-# What a run starts from
-
-
-def pix_init(text):
-    """A value of --pix_init: one of PIX_INIT, or the path of a saved set."""
-    return text if text in PIX_INIT else files.expanded(text)
-
-
-def initial_targets(pix_init, labels, form):
-    """The initial targets (n, classes) of kernel machines: a saved set's, or of these labels."""
-    targets = None
-    if pix_init not in PIX_INIT:
-        targets = load_targets(pix_init, labels, form, "--pix_init")
-    return centred_targets(labels, form.num_classes) if targets is None else targets
-
-
-def initial_set(pix_init, layout, data, generator):
-    """The initial `SyntheticSet` of a run, images (K, C, S, S), and what --pix_init stands for.
-
-    Raises ReportedError if a saved set does not have this `preprocessing.Layout`, or was made for
-    other data.
-    """
-    if pix_init in PIX_INIT:
-        images, classes = PIX_INIT[pix_init](data, layout, generator)
-        return SyntheticSet(images, classes, classes), pix_init
-    loaded = load_set(pix_init, data.form, layout.factor, "--pix_init")
-    images, labels, _ = loaded
-    check_set(pix_init, images, layout.canvas_size > 1, data.settings, data.form, "--pix_init")
-    shape = layout.shape(data.form)
-    if images.shape != shape:
-        raise ReportedError(
-            f"--pix_init: {pix_init} holds images {tuple(images.shape)}, not {shape}: change "
-            "--ipc, or with --texture --canvas_size"
-        )
-    digest = hashlib.sha256(images.numpy())
-    digest.update(labels.numpy())
-    return loaded, f"set {digest.hexdigest()[:16]}"

@@ -253,16 +253,19 @@ def forked(tmp_path_factory, home):
 def start(tmp_path_factory, home):
     """Start a script in a fork, as `forked` does, and go on: gives a `processes.Process`.
 
-    `start(script, *flags, cwd=..., HOME=..., kill_at=..., curves=..., **resource limits)`
+    `start(script, *flags, cwd=..., HOME=..., **options)`, options of `processes.Process`, and
+    resource limits
     """
     folder = tmp_path_factory.mktemp("started")
     numbers = itertools.count()
     start_server({"OMP_NUM_THREADS": "1"})
 
-    def start_script(script, *flags, cwd, HOME=home, kill_at=None, curves=True, **limits):
+    def start_script(
+        script, *flags, cwd, HOME=home, kill_at=None, copies=None, curves=True, **limits
+    ):
         command = [script, *map(str, flags)]
         out = folder / f"{next(numbers)}.txt"
-        return Process(command, cwd, out, out, {"HOME": str(HOME)}, limits, kill_at, curves)
+        return Process(command, cwd, out, out, {"HOME": str(HOME)}, limits, kill_at, copies, curves)
 
     return start_script
 

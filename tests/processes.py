@@ -7,6 +7,7 @@ import multiprocessing.forkserver
 import os
 import resource
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -45,15 +46,27 @@ class Process:
     environment  variables that are added
     limits       resource limits by name, as RLIMIT_AS
     kill_at      the number of the file renaming before which the process kills itself
+    copies       a folder for copies of `cwd`, made before each file renaming and numbered from 1
     curves       whether curves.png is drawn, which takes longer than a short run; else it is blank
     """
 
-    def __init__(self, flags, cwd, out, err, environment, limits=None, kill_at=None, curves=True):
+    def __init__(
+        self,
+        flags,
+        cwd,
+        out,
+        err,
+        environment,
+        limits=None,
+        kill_at=None,
+        copies=None,
+        curves=True,
+    ):
         self.out = out
         self.err = err
         for path in (out, err):
             path.touch()
-        todo = (flags, cwd, out, err, environment, limits or {}, kill_at, curves)
+        todo = (flags, cwd, out, err, environment, limits or {}, kill_at, copies, curves)
         self.process = context.Process(target=become, args=todo, daemon=True)
         self.process.start()
 
@@ -78,7 +91,7 @@ class Process:
             time.sleep(0.005)
 
 
-def become(flags, cwd, out, err, environment, limits, kill_at, curves):
+def become(flags, cwd, out, err, environment, limits, kill_at, copies, curves):
     """Turn this process into the script that `flags` begin with."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests ignore it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under nohup
@@ -93,6 +106,8 @@ def become(flags, cwd, out, err, environment, limits, kill_at, curves):
         resource.setrlimit(getattr(resource, name), (value, value))
     if kill_at:
         os.replace = killing(os.replace, kill_at)
+    if copies:
+        os.replace = copying(os.replace, cwd, copies)
     if not curves:
         blank_curves()
     sys.argv = flags
@@ -117,6 +132,17 @@ def killing(function, number):
     def call(*args, **options):
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+
+    return call
+
+
+def copying(function, folder, copies):
+    """The same function, but each call first copies a folder, as a kill would leave it."""
+    calls = itertools.count(1)
+
+    def call(*args, **options):
+        shutil.copytree(folder, copies / str(next(calls)))
         return function(*args, **options)
 
     return call

@@ -359,6 +359,12 @@ def test_soft_labels_are_saved_evaluated_and_exported(run_here, specks_run, tmp_
     torch.testing.assert_close(first.sum(1), torch.ones(len(first)))
     assert torch.equal(first, last) == (kind == "soft")
 
+    # Another objective goes on from the images with their labels, and needs no experts.
+    on = [f"--pix_init={folder}", f"--buffer_path={tmp_path}", "--run_name=on", *LOSS]
+    done = run_here("distillation.py", *flags, *on, "--Iteration=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "experts: 0" in done.stdout
+
     # The labels of another epoch are others, even for images that have labels.
     again = [f"--pix_init={folder}", "--label_epoch=1", "--run_name=again", "--Iteration=0"]
     done = run_here("distillation.py", *flags, *again, cwd=tmp_path)

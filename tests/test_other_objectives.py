@@ -26,7 +26,8 @@ from objectives.gradients import MatchGradients, class_gradient, gradient_distan
 from objectives.kernel import KernelRidge, kip_loss
 from objectives.pairs import Pairs
 from reparam_module import AdjointUnroll, ReparamModule
-from run.state import LABELS, Step, nearest_probabilities
+from run.rules import LABELS, nearest_probabilities
+from run.state import Step
 from system.ranks import ALONE, Ranks
 from utils import Augment
 
