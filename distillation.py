@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 import evaluate_set
 import evaluation
-import exclusions
-import flags
 import trajectories
 import utils
-from cli import Parser, preset_flags
+from cli import exclusions, flags
+from cli.parser import Parser
+from cli.presets import preset_flags
 from datasets import by_name, initial_sets, saved_sets
 from datasets.preprocessing import Data, Layout, check_factor
 from evaluation import Evaluator, evaluate_real

@@ -8,12 +8,12 @@ from pathlib import Path
 import evaluation
 import trajectories
 import utils
+from cli.flags import selection_of
 from datasets import by_name
 from datasets.bands import write_raster
 from datasets.coresets import CORESETS, coreset
 from datasets.preprocessing import Data, Layout, check_factor
 from datasets.saved_sets import check_set, is_saved, load_set, load_targets, saved_folder
-from flags import selection_of
 from run import report
 from run.folder import run_flags
 from run.rules import LABELS

@@ -21,10 +21,12 @@ import torch
 
 import trajectories
 import utils
-from cli import Parser, boolean, count, fraction, not_negative, preset_flags
+from cli.exclusions import check_split
+from cli.flags import add_shared_flags, selection_of, wandb_options
+from cli.parser import Parser
+from cli.presets import preset_flags
+from cli.types import boolean, count, fraction, not_negative
 from datasets import by_name
-from exclusions import check_split
-from flags import add_shared_flags, selection_of, wandb_options
 from reparam_module import student_fault
 from run.wandb_page import Dashboard
 from system import files, machine, process

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distillation  # found through the line above
 import expert_trajectories
-from cli import EUROSAT_OTHERS, PRESETS
+from cli.presets import EUROSAT_OTHERS, PRESETS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "hyperparameters.md"
 FLAGS = "<!-- flags: made by docs/make_flags.py -->\n"

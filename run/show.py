@@ -1,6 +1,6 @@
 """The outputs of a run: its evaluations, curves and tables, and its page on Weights & Biases."""
 
-from flags import wandb_options
+from cli.flags import wandb_options
 from objectives import OBJECTIVES
 from run import report, wandb_page
 from run.scores import spread

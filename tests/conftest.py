@@ -24,7 +24,7 @@ from wandb.proto import wandb_internal_pb2
 sys.path.insert(0, str(ROOT))
 
 import distillation  # found through the line above
-import flags
+from cli import flags
 from datasets import by_name
 from datasets.toysat import write_toysat
 from system import devices

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import cli
 import distillation
 import expert_trajectories
-import flags
-from cli import Parser
+from cli import flags, types
+from cli.parser import Parser
 from run import folder as runs
 from system import files
 from system.process import ReportedError
@@ -31,9 +30,9 @@ def parsed(monkeypatch):
 def parser():
     parser = Parser("A test.")
     add = parser.topic("topic")
-    add("--size", type=cli.count, default=3, help="a number")
-    add("--rate", type=cli.positive, default=0.5, help="another")
-    add("--fast", type=cli.boolean, default=False, help="a switch")
+    add("--size", type=types.count, default=3, help="a number")
+    add("--rate", type=types.positive, default=0.5, help="another")
+    add("--fast", type=types.boolean, default=False, help="a switch")
     add("--name", help="no default")
     return parser
 

@@ -6,7 +6,7 @@ import pytest
 
 import distillation
 import expert_trajectories
-from cli import PRESETS
+from cli.presets import PRESETS
 from objectives import OBJECTIVES
 
 SCRIPTS = {"experts": expert_trajectories, "distillation": distillation}

@@ -42,9 +42,9 @@ import plain_loops
 
 import distillation
 import evaluation
-import flags
 import trajectories
 import utils
+from cli import flags
 from datasets import by_name  # found through the line above
 from datasets.preprocessing import Data, Form
 from evaluation import Evaluator

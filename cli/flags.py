@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from cli import (
-    PRESETS,
+from cli.presets import PRESETS
+from cli.types import (
     bands,
     boolean,
     choice,

@@ -1,10 +1,10 @@
 """Flags of the scripts that exclude each other."""
 
+from cli.flags import defaults_for
 from datasets.bands import RGB
 from datasets.coresets import CORESETS
 from datasets.saved_sets import REAL_SETS, is_saved
 from evaluation import EVAL_POOLS
-from flags import defaults_for
 from kernels import KERNELS
 from objectives import OBJECTIVES
 from run.rules import LABELS

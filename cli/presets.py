@@ -1,0 +1,87 @@
+"""Presets of both scripts. docs/hyperparameters.md says where each comes from, and its result."""
+
+# MTT's experts see all training images, and its best iteration is chosen on the test set.
+MTT_EXPERTS = {"num_experts": 100, "train_epochs": 50, "batch_train": 256, "lr_teacher": 0.01}
+MTT_RULE = {"val_fraction": 0.0}
+CIFAR10 = {"dataset": "CIFAR10"} | MTT_RULE
+CIFAR100 = {"dataset": "CIFAR100"} | MTT_RULE
+TINY = {"dataset": "ImageFolder", "im_size": 64, "model": "ConvNetD4"} | MTT_RULE
+ZCA = {"zca": True}
+MTT_FLAGS = ("ipc", "syn_steps", "expert_epochs", "max_start_epoch", "lr_img", "lr_lr")
+MTT_FLAGS += ("lr_teacher", "batch_syn")
+MTT_TABLE = {  # for both scripts, and values of MTT_FLAGS
+    "cifar10-1": (CIFAR10 | ZCA, (1, 50, 2, 2, 100.0, 1e-7, 0.01)),
+    "cifar10-10": (CIFAR10 | ZCA, (10, 30, 2, 20, 100.0, 1e-5, 0.001)),
+    "cifar10-50": (CIFAR10, (50, 30, 2, 40, 1000.0, 1e-5, 0.001)),
+    "cifar100-1": (CIFAR100 | ZCA, (1, 20, 3, 20, 1000.0, 1e-5, 0.01)),
+    "cifar100-10": (CIFAR100, (10, 20, 2, 20, 1000.0, 1e-5, 0.01)),
+    "cifar100-50": (CIFAR100 | ZCA, (50, 80, 2, 40, 1000.0, 1e-5, 0.01, 125)),
+    "tiny-1": (TINY, (1, 10, 2, 10, 10000.0, 1e-4, 0.01)),
+    "tiny-10": (TINY, (10, 20, 2, 40, 10000.0, 1e-4, 0.01, 200)),
+    "tiny-50": (TINY, (50, 20, 2, 40, 10000.0, 1e-4, 0.01, 300)),
+}
+
+EUROSAT = {"dataset": "EuroSAT", "model": "ConvNetW32"}
+EUROSAT_EXPERTS = {"num_experts": 8, "train_epochs": 12, "batch_train": 128, "lr_teacher": 0.01}
+EUROSAT_RECIPE = {
+    "syn_steps": 40,
+    "mom_syn": 0.9,
+    "expert_epochs": 2,
+    "max_start_epoch": 2,
+    "labels": "learned",
+    "optimizer_img": "adam",
+    "lr_img": 0.02,
+    "optimizer_lr": "log_adam",
+    "lr_teacher": 0.004,
+    "ema": 0.99,
+    "eval_it": 300,
+}
+EUROSAT_LOSS = {  # continues a set of `eurosat-1`: --pix_init=RUN
+    "objective": "loss",
+    "syn_steps": 30,
+    "total_steps": 150,
+    "mom_syn": 0.9,
+    "labels": "learned",
+    "lr_labels": 1.0,
+    "optimizer_img": "adam",
+    "lr_img": 0.005,
+    "optimizer_lr": "log_adam",
+    "lr_lr": 0.005,
+    "ema": 0.98,
+}
+EUROSAT_HARD = {"expert_epochs": 2, "lr_img": 10000.0, "lr_lr": 1e-5, "lr_teacher": 0.02}
+EUROSAT_OTHERS = {  # other objectives: iterations at 1 and at 10 images per class, and more flags
+    "dc": (300, 300, {"eval_it": 100}),
+    "dsa": (300, 300, {"eval_it": 100}),
+    "dm": (300, 300, {"eval_it": 150}),
+    "cafe": (300, 300, {"eval_it": 100}),
+    "kip": (1500, 1500, {"eval_it": 300, "eval_mode": "K"}),
+}
+EUROSAT_TABLE = {
+    "eurosat-1": {"ipc": 1, "Iteration": 1500} | EUROSAT_RECIPE,
+    "eurosat-1-loss": {"ipc": 1, "Iteration": 300} | EUROSAT_LOSS,
+    "eurosat-10": {"ipc": 10, "syn_steps": 20, "max_start_epoch": 4} | EUROSAT_HARD,
+    "eurosat-50": {"ipc": 50, "syn_steps": 20, "max_start_epoch": 5, "batch_syn": 100}
+    | EUROSAT_HARD,
+}
+for objective, (at_1, at_10, more) in EUROSAT_OTHERS.items():
+    for ipc, iterations in ((1, at_1), (10, at_10)):
+        own = {"objective": objective, "ipc": ipc, "Iteration": iterations}
+        EUROSAT_TABLE[f"eurosat-{ipc}-{objective}"] = own | more
+PRESETS = {
+    name: {"experts": data | MTT_EXPERTS, "distillation": data | dict(zip(MTT_FLAGS, values))}
+    for name, (data, values) in MTT_TABLE.items()
+} | {
+    name: {"experts": EUROSAT | EUROSAT_EXPERTS, "distillation": EUROSAT | flags}
+    for name, flags in EUROSAT_TABLE.items()
+}
+
+
+def preset_flags(name, script):
+    """Print and return a preset's flags (None: none) for "experts" or "distillation"."""
+    if name is None:
+        return {}
+    flags = PRESETS[name][script]
+    words = " ".join(f"--{key}={value}" for key, value in flags.items())
+    print(f"--preset={name}: {words}", flush=True)
+    return flags
