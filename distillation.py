@@ -256,7 +256,7 @@ def main():
             print(f"finished before, at iteration {it}; to start from scratch, remove {folder}")
             print(show.closing_table(run, state, data, inputs.experts))
             return
-        dashboard = show.open_dashboard(args, run, settings)
+        dashboard = show.open_dashboard(run, vars(args) | settings, flags.wandb_options(args))
         show.print_opening(run, state, inputs.experts, dashboard)
         run.save_test_names(data.test_names)
         with saved_if_stopped(run, state, dashboard):
@@ -287,7 +287,7 @@ def main():
                         log |= show.evaluation(args, run, state, data, inputs.view)
                         run.save_results(show.facts_about(inputs, settings), state)
                         if curves_due.due():
-                            show.save_curves(args, run, state)
+                            show.save_curves(args, run, state, objective)
                 dashboard.log(log, step=it)
                 # After the files of an evaluation: a run killed in between evaluates again.
                 if due or it % args.checkpoint_every == 0:
@@ -319,7 +319,8 @@ def main():
             if best["iteration"] and not math.isclose(before, best["syn_lr"], rel_tol=1e-6):
                 real = evaluate_real(evaluator, inputs.real_sets, best["syn_lr"], args.seed)
                 state.baselines = [state.baselines[0], real]
-            show.finish(args, run, state, dashboard, show.facts_about(inputs, settings))
+            facts = show.facts_about(inputs, settings)
+            show.finish(args, run, state, objective, dashboard, facts)
             if ranks.is_first:
                 print(show.closing_table(run, state, data, inputs.experts), flush=True)
 

@@ -1,7 +1,5 @@
 """The outputs of a run: its evaluations, curves and tables, and its page on Weights & Biases."""
 
-from cli.flags import wandb_options
-from objectives import OBJECTIVES
 from run import report, wandb_page
 from run.scores import spread
 from system import process, resources
@@ -62,9 +60,8 @@ def evaluation(args, run, state, data, view=report.RGB_VIEW):
     return log
 
 
-def curves_of(args, state):
-    """The curves of a run so far."""
-    objective = OBJECTIVES[args.objective]
+def curves_of(args, state, objective):
+    """The curves of a run so far; `objective` is a row of OBJECTIVES."""
     return report.Curves(
         title=f"{title_of(args)}, images per class: {args.ipc}, seed {args.seed}",
         rows=state.evaluations.comparable,
@@ -75,9 +72,9 @@ def curves_of(args, state):
     )
 
 
-def save_curves(args, run, state):
+def save_curves(args, run, state, objective):
     """Draw the curves of a run so far into its folder."""
-    report.save_curves(run.folder / "curves.png", curves_of(args, state))
+    report.save_curves(run.folder / "curves.png", curves_of(args, state, objective))
 
 
 def closing_table(run, state, data, experts):
@@ -100,14 +97,14 @@ def closing_table(run, state, data, experts):
     )
 
 
-def finish(args, run, state, dashboard, facts):
+def finish(args, run, state, objective, dashboard, facts):
     """Write everything, close the page, then mark the run as finished."""
     stop.release()  # a signal ends the process at once, and the next start does the rest
     memory = run.ranks.gather(resources.peak_memory(state.label_syn.device))
     if not run.ranks.is_first:
         return
     run.save_results(facts, state)
-    save_curves(args, run, state)
+    save_curves(args, run, state, objective)
     report.save_animation(run.folder)
     # Last of all: if killed before this, the next start makes everything again.
     dashboard.finish(**wandb_page.run_summary(state.evaluations, state.seconds, memory))
@@ -117,13 +114,16 @@ def finish(args, run, state, dashboard, facts):
         print(report.memory_line(memory), flush=True)
 
 
-def open_dashboard(args, run, settings):
-    """The run's page on Weights & Biases, which rank 0 has."""
+def open_dashboard(run, config, options):
+    """The run's page on Weights & Biases, which rank 0 has.
+
+    config   flags and settings of the run, which the page lists
+    options  of the page, as `cli.flags.wandb_options` returns them
+    """
     if not run.ranks.is_first:
         return wandb_page.Dashboard(run.folder, "Progress", "disabled")
-    config = vars(args) | settings | process.versions()
-    page = {"id": run.wandb_id, "name": run.folder.name, "config": config}
-    return wandb_page.Dashboard(run.folder, "Progress", **wandb_options(args), **page)
+    page = {"id": run.wandb_id, "name": run.folder.name, "config": config | process.versions()}
+    return wandb_page.Dashboard(run.folder, "Progress", **options, **page)
 
 
 def print_opening(run, state, experts, dashboard):

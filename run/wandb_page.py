@@ -41,7 +41,7 @@ class Dashboard:
             try:
                 self.page = wandb.init(
                     mode=each,
-                    dir=folder,
+                    dir=folder.absolute(),  # wandb's service may have started elsewhere
                     resume="allow",
                     reinit="finish_previous",
                     settings=wandb.Settings(init_timeout=30),

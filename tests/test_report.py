@@ -21,6 +21,7 @@ import torch
 from conftest import arguments
 from PIL import Image
 
+from objectives import OBJECTIVES
 from run import report, show, wandb_page
 from run.folder import Run
 from run.report import draw_grid
@@ -175,7 +176,9 @@ def test_curves_are_drawn_of_few_and_of_many_iterations(run, val, count):
     args, run, state, _ = run
     state.evaluations = evaluations(*[(0.2, 0.3)] * count, val=val)
     state.losses = [0.9] * (200 * (count - 1))
-    report.save_curves(run.folder / "curves.png", show.curves_of(args, state))
+    report.save_curves(
+        run.folder / "curves.png", show.curves_of(args, state, OBJECTIVES[args.objective])
+    )
     with Image.open(run.folder / "curves.png") as picture:
         assert picture.size == (1600, 450) and len(picture.getcolors(2**20)) > 100
 
