@@ -60,6 +60,8 @@ EUROSAT_OTHERS = {  # other objectives: iterations at 1 and at 10 images per cla
 EUROSAT_TABLE = {
     "eurosat-1": {"ipc": 1, "Iteration": 1500} | EUROSAT_RECIPE,
     "eurosat-1-loss": {"ipc": 1, "Iteration": 300} | EUROSAT_LOSS,
+    "eurosat-1-tiles": {"ipc": 1, "factor": 2, "Iteration": 300} | EUROSAT_RECIPE,
+    "eurosat-1-tiles-loss": {"ipc": 1, "factor": 2, "Iteration": 200} | EUROSAT_LOSS,
     "eurosat-10": {"ipc": 10, "syn_steps": 20, "max_start_epoch": 4} | EUROSAT_HARD,
     "eurosat-50": {"ipc": 50, "syn_steps": 20, "max_start_epoch": 5, "batch_syn": 100}
     | EUROSAT_HARD,
