@@ -12,6 +12,7 @@ from datasets.preprocessing import Form
 from datasets.saved_sets import load_set, read_record, saved_folder, saved_step_size
 from system import files
 from system.process import ReportedError
+from utils import decode
 
 
 class DistilledSet(NamedTuple):
@@ -21,8 +22,8 @@ class DistilledSet(NamedTuple):
     images, and of a folder of pictures whose run has not ended.
     """
 
-    images: torch.Tensor  # (N, C, S, S), float32, preprocessed
-    labels: torch.Tensor  # classes (n,), or probabilities (n, classes), of images or tiles
+    images: torch.Tensor  # (n, C, S, S), float32, preprocessed; each tile is one, enlarged
+    labels: torch.Tensor  # classes (n,), or probabilities (n, classes)
     alpha: float | None  # the step size; None: not saved
     classes: tuple | None  # names, by label; None: CIFAR-100's, which its data has
     mean: list | None  # of each channel
@@ -49,7 +50,9 @@ def load_distilled(path):
     names = record.settings.get("bands") or bands_of(flags["dataset"], data_path, selection)
     side = side_of(flags["dataset"], flags["im_size"])
     form = Form(source.num_classes or len(classes), side, len(names) if names else 3)
-    images, labels, _ = load_set(path, form, flags.get("factor", 1), "--evaluate")
+    factor = flags.get("factor", 1)
+    images, labels, _ = load_set(path, form, factor, "--evaluate")
+    images = decode(images, factor)
     mean, std = None, None
     if not flags["zca"]:
         known = source.statistics if selection.bands == RGB else None

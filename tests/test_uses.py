@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_data
+from processes import ROOT
+from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
@@ -235,6 +237,15 @@ def test_a_set_is_loaded_with_all_that_training_takes_from_its_path_alone(real_r
     assert found.alpha == pytest.approx(0.01) and list(found.classes) == sorted(CLASS_NAMES)
     data = json.loads((real_run / "results.json").read_text())["data"]
     assert [found.mean, found.std] == [data["mean"], data["std"]]
+
+
+def test_tiles_are_loaded_as_images_with_a_label_each():
+    found = load_distilled(ROOT / "results" / "eurosat-1-tiles")
+    assert found.images.shape == (40, 3, 64, 64) and found.labels.shape == (40, 10)
+    whole = torch.load(ROOT / "results" / "eurosat-1-tiles" / "images_best.pt")
+    corner = whole[3, :, 32:, 32:].float()  # the last of an image's four
+    small = F.interpolate(found.images[15:16], size=(32, 32), mode="area")[0]
+    assert (small - corner).abs().mean() < 0.5 * (small - whole[3, :, :32, :32]).abs().mean()
 
 
 def test_a_set_without_a_run_is_refused_in_python(soft_set):
