@@ -1,20 +1,23 @@
-"""The command --evaluate: networks trained on real images or on a saved set; and its --export."""
+"""The command --evaluate: networks trained on real images or on a saved set; tasks and exports."""
 
 import hashlib
 import json
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 import evaluation
 import trajectories
 import utils
 from cli.flags import selection_of
 from datasets import by_name
-from datasets.bands import write_raster
 from datasets.coresets import CORESETS, coreset
-from datasets.preprocessing import Data, Layout, check_factor
+from datasets.preprocessing import Layout, check_factor
 from datasets.saved_sets import check_set, is_saved, load_set, load_targets, saved_folder
 from run import report
+from run.export import export_set
 from run.folder import run_flags
 from run.rules import LABELS
 from run.scores import to_json
@@ -80,13 +83,7 @@ def main(args, settings):
     saved = None
     if is_saved(args.evaluate):
         saved = load_set(args.evaluate, form, args.factor, "--evaluate")
-    alpha = args.lr_teacher
-    chooses_alpha = args.search_alpha or (args.task and TASKS[args.task].needs_validation)
-    if alpha is None and (args.export or not chooses_alpha):
-        raise ReportedError(
-            f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the step "
-            "size to train with, or --search_alpha"
-        )
+        check_alpha(args)
     raw = by_name.read_dataset(
         args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
     )
@@ -95,32 +92,63 @@ def main(args, settings):
     data = raw.preprocessed(place.device)
     if args.export:
         if place.ranks.is_first:
-            export_set(args, saved, alpha, data)
+            view = report.view_of(data, args.show_bands)
+            record = exported_record(args, data)
+            export_set(args.export, saved, args.lr_teacher, data, view, args.factor, record)
         return
-
     evaluator = evaluation.make_evaluator(args, data, pool, place)
     if args.task:
         run_task(args, settings, study_of(args, saved, evaluator, place))
-        return
-    if saved:
+    elif saved:
         images, labels = saved.images.to(place.device), saved.labels.to(place.device)
-        title = f"images of {args.evaluate}"
+        targets = load_targets(args.evaluate, labels, form, "--evaluate")
+        subject = Subject(f"images of {args.evaluate}", images, labels, targets)
+        evaluate(args, settings, subject, evaluator, place)
     else:
         evaluator = evaluation.of_real_images(evaluator)
-        images, labels = real_set(args, data, place)
-        if args.evaluate != "full" and place.ranks.size > 1:  # rounding may choose otherwise
-            chosen = place.ranks.from_first((images.cpu(), labels.cpu()))
-            images, labels = (part.to(place.device) for part in chosen)
-        title = "training images" if args.evaluate == "full" else f"real images ({args.evaluate})"
-        if LABELS[args.labels].soft:
-            title += ", labelled by the experts"
-    key = args.seed, "saved"
-    targets = load_targets(args.evaluate, labels, form, "--evaluate") if saved else None
+        evaluate(args, settings, real_subject(args, data, place), evaluator, place)
+
+
+def check_alpha(args):
+    """Raise ReportedError if networks cannot train on a saved set for lack of an α."""
+    chooses_alpha = args.search_alpha or (args.task and TASKS[args.task].needs_validation)
+    if args.lr_teacher is None and (args.export or not chooses_alpha):
+        raise ReportedError(
+            f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the step "
+            "size to train with, or --search_alpha"
+        )
+
+
+class Subject(NamedTuple):
+    """A set that is evaluated: images (N, C, H, H), or (num_eval, N, C, H, H) of random ones."""
+
+    title: str
+    images: torch.Tensor
+    labels: torch.Tensor  # classes, or probabilities, of the images or their tiles
+    targets: torch.Tensor | None = None  # of kernel machines
+
+
+def real_subject(args, data, place):
+    """The `Subject` of one of REAL_SETS, the same on all ranks."""
+    images, labels = real_set(args, data, place)
+    if args.evaluate != "full" and place.ranks.size > 1:  # rounding may choose otherwise
+        chosen = place.ranks.from_first((images.cpu(), labels.cpu()))
+        images, labels = (part.to(place.device) for part in chosen)
+    title = "training images" if args.evaluate == "full" else f"real images ({args.evaluate})"
+    if LABELS[args.labels].soft:
+        title += ", labelled by the experts"
+    return Subject(title, images, labels)
+
+
+def evaluate(args, settings, subject, evaluator, place):
+    """Train and test networks on a `Subject`, print the table, and write evaluation.json."""
+    key, pool = (args.seed, "saved"), evaluator.pool
+    title, images, labels, targets = subject
     if args.search_alpha:
         alphas = evaluation.search_alphas(evaluator, images, labels, key)
         shown = ", ".join(f"α = {value:g} ({name})" for name, value in alphas.items())
     else:
-        alphas, shown = dict.fromkeys(pool, alpha), f"α = {alpha:.5f}"
+        alphas, shown = dict.fromkeys(pool, args.lr_teacher), f"α = {args.lr_teacher:.5f}"
     scores = {}
     for name in pool:
         of_name = evaluator.of_network(name)
@@ -129,12 +157,12 @@ def main(args, settings):
     count = images.shape[-4]
     print(f"{count} {title}; networks: {args.num_eval}, ", end="")
     print(f"epochs: {args.epoch_eval_train}, {shown}\n")
-    print(report.scores_table(scores, data.classes))
+    print(report.scores_table(scores, evaluator.data.classes))
     if place.ranks.is_first:
         row = {"evaluated": args.evaluate, "images": count, "scores": scores}
-        row["syn_lr"] = alphas if args.search_alpha else alpha
+        row["syn_lr"] = alphas if args.search_alpha else args.lr_teacher
         (content,) = to_json([row])
-        path = write_evaluation(args, settings, content, data, place)
+        path = write_evaluation(args, settings, content, evaluator.data, place)
         print(f"\nFiles: {path}")
 
 
@@ -195,50 +223,6 @@ def run_task(args, settings, study):
 
 # --------------------------------------------------------------------------------------------------
 # Export
-
-
-def export_set(args, saved, syn_lr, data: Data):
-    """Write a saved set for other tools: PNGs in class folders, and dd_ranking.pt.
-
-    The PNGs are for viewing: clipped and scaled, tiles enlarged, three of the bands. With --bands,
-    bands/ has GeoTIFFs of them all, in the numbers of the data's own files. DD-Ranking's dictionary
-    has what networks learn from, and the record of the run, so that --evaluate takes it as it was.
-    Raises ReportedError if the folder already has an exported set.
-
-    Every class has a folder, so that `ImageFolder` numbers them alike.
-    """
-    folder = args.export
-    for there in (folder / "images", folder / "bands", folder / "dd_ranking.pt"):
-        if there.exists():
-            raise ReportedError(
-                f"--export={folder}: {there.name} is there already: remove it, or name another "
-                "folder"
-            )
-    images = utils.decode(saved.images, args.factor)
-    pixels = data.to_pixels(images)
-    shown = report.view_of(data, args.show_bands).of_pixels(pixels)
-    for label, name in enumerate(data.classes):
-        (folder / "images" / name).mkdir(parents=True)
-        for number, image in enumerate(shown[saved.classes == label]):
-            path = folder / "images" / name / f"{number:04d}.png"
-            report.save_picture(path, report.draw_image(image, pixels=True))
-    if "bands" in data.settings:
-        export_bands(folder / "bands", pixels, saved.classes, data)
-    content = {"image_tensor": images, "hard_labels": saved.classes, "syn_lr": syn_lr}
-    if saved.labels.dim() == 2:
-        content["soft_labels"] = saved.labels
-    content["record"] = json.dumps(exported_record(args, data))
-    files.write_tensors(folder / "dd_ranking.pt", content)
-    print(f"{len(images)} images exported to {folder}")
-
-
-def export_bands(folder, pixels, classes, data):
-    """Write images (N, C, H, W) as GeoTIFFs of float32 in class folders, with names of bands."""
-    for label, name in enumerate(data.classes):
-        (folder / name).mkdir(parents=True)
-        for number, image in enumerate(pixels[classes == label]):
-            numbers = image * data.settings["unit"]
-            write_raster(folder / name / f"{number:04d}.tif", numbers, data.settings["bands"])
 
 
 def exported_record(args, data):

@@ -1,0 +1,55 @@
+"""A saved set for other tools: pictures in class folders, GeoTIFFs, and dd_ranking.pt."""
+
+import json
+
+import utils
+from datasets.bands import write_raster
+from run import report
+from system import files
+from system.process import ReportedError
+
+
+def export_set(folder, saved, syn_lr, data, view, factor, record):
+    """Write a `saved_sets.SyntheticSet` into a folder.
+
+    syn_lr  α, or None
+    data    `preprocessing.Data` for which it was made
+    view    `report.View`: the bands that pictures show
+    factor  of its tiles, which are exported as images
+    record  of its run, a dictionary that JSON can hold
+
+    The PNGs are for viewing: clipped and scaled, tiles enlarged, three of the bands. With --bands,
+    bands/ has GeoTIFFs of them all, in the numbers of the data's own files. DD-Ranking's dictionary
+    has what networks learn from, and the record of the run, so that --evaluate takes it as it was.
+    Every class has a folder, so that `ImageFolder` numbers them alike. Raises ReportedError if the
+    folder already has an exported set.
+    """
+    for there in (folder / "images", folder / "bands", folder / "dd_ranking.pt"):
+        if there.exists():
+            raise ReportedError(
+                f"--export={folder}: {there.name} is there already: remove it, or name another "
+                "folder"
+            )
+    images = utils.decode(saved.images, factor)
+    pixels = data.to_pixels(images)
+    shown = view.of_pixels(pixels)
+    for path, image in places(folder / "images", saved.classes, data.classes, shown, ".png"):
+        report.save_picture(path, report.draw_image(image, pixels=True))
+    if names := data.settings.get("bands"):
+        unit = data.settings["unit"]
+        for path, image in places(folder / "bands", saved.classes, data.classes, pixels, ".tif"):
+            write_raster(path, image * unit, names)
+    content = {"image_tensor": images, "hard_labels": saved.classes, "syn_lr": syn_lr}
+    if saved.labels.dim() == 2:
+        content["soft_labels"] = saved.labels
+    content["record"] = json.dumps(record)
+    files.write_tensors(folder / "dd_ranking.pt", content)
+    print(f"{len(images)} images exported to {folder}")
+
+
+def places(folder, labels, classes, images, ending):
+    """Yield the file of each image, in the folder of its class, and the image."""
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for number, image in enumerate(images[labels == label]):
+            yield folder / name / f"{number:04d}{ending}", image
