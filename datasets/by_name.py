@@ -6,23 +6,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
+from datasets import cifar
 from datasets.bands import ALL, RGB, SENTINEL_2, chosen_bands
 from datasets.eurosat import CLASS_NAMES, IM_SIZE, load_eurosat, load_eurosat_bands
 from datasets.folders import class_names, folder_bands, load_folder_bands, load_image_folder
 from datasets.lists import listed_split
 from datasets.normalised import channel_statistics, unit_of
-from datasets.pictures import Images, data_digest
+from datasets.pictures import Images
 from datasets.preprocessing import Form, Raw
 from datasets.splits import split_dataset
 from datasets.toysat import BANDS as TOYSAT_BANDS
 from datasets.toysat import draw_toysat
 from datasets.whitening import ZCA_EPS
-from system import files
-from system.process import ReportedError, first_line
+from system.process import ReportedError
 
 
 def load_toysat(data_path, im_size=IM_SIZE, per_class=300):
@@ -54,34 +53,6 @@ def toysat_images(drawn, version, im_size):
         images = F.interpolate(images.float(), size=im_size, mode="area").round().byte()
         version += f"-{im_size}"
     return Images(images, labels, version, CLASS_NAMES)
-
-
-def load_cifar(name, data_path):
-    """`Images`, 32×32, of "CIFAR10" or "CIFAR100", as torchvision reads them.
-
-    torchvision unpickles the files, but verifies their checksums first. Raises ReportedError if
-    they are missing or damaged and cannot be downloaded.
-    """
-    from torchvision import datasets  # when needed: it takes a third of a script's start
-
-    dataset = getattr(datasets, name)
-    with files.locked(data_path, reader=True):
-        if not any((data_path / part).exists() for part in (dataset.base_folder, dataset.filename)):
-            print(f"{name} is not in {data_path}; downloading it (170 MB)", flush=True)
-        try:
-            parts = [dataset(data_path, train=train, download=True) for train in (True, False)]
-        except Exception as error:  # torchvision passes on whatever the network raises
-            raise ReportedError(
-                f"{name} is not in --data_path={data_path}, or is damaged, and the download failed "
-                f"({first_line(error)}). Put {dataset.filename} there ({dataset.url}), or run once "
-                "with access to the network"
-            ) from None
-    pixels = torch.from_numpy(np.concatenate([part.data for part in parts]))  # (N, H, W, 3)
-    images = pixels.permute(0, 3, 1, 2).contiguous()
-    labels = torch.tensor([label for part in parts for label in part.targets])
-    num_test = len(parts[1])
-    digest = data_digest(images, labels, num_test)
-    return Images(images, labels, digest, tuple(parts[0].classes), num_test)
 
 
 @dataclass(frozen=True)
@@ -119,14 +90,15 @@ DRAWN_BANDS = {"bands": toysat_bands, "load_bands": load_toysat_bands}
 FOLDER_BANDS = {"bands": folder_bands, "load_bands": load_folder_bands}
 SATELLITE = {"statistics": EUROSAT_STATISTICS, "classes": CLASS_NAMES}
 CIFAR = {"statistics": ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])}  # MTT's, for both
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer")
-CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
+
 
 DATASETS = {  # --dataset
     "EuroSAT": DataSet(load_eurosat, 10, **SATELLITE, **EUROSAT_BANDS),
     "ToySAT": DataSet(load_toysat, 10, scales=True, **SATELLITE, **DRAWN_BANDS),
-    "CIFAR10": DataSet(partial(load_cifar, "CIFAR10"), 10, 32, **CIFAR, classes=CIFAR10_CLASSES),
-    "CIFAR100": DataSet(partial(load_cifar, "CIFAR100"), 100, 32, **CIFAR),
+    "CIFAR10": DataSet(
+        partial(cifar.load_cifar, "CIFAR10"), 10, 32, **CIFAR, classes=cifar.CLASSES_10
+    ),
+    "CIFAR100": DataSet(partial(cifar.load_cifar, "CIFAR100"), 100, 32, **CIFAR),
     "ImageFolder": DataSet(load_image_folder, scales=True, **FOLDER_BANDS),
 }
 
