@@ -151,12 +151,12 @@ def evaluate(args, settings, subject, evaluator, place):
         alphas, shown = dict.fromkeys(pool, args.lr_teacher), f"α = {args.lr_teacher:.5f}"
     scores = {}
     for name in pool:
-        of_name = evaluator.of_network(name)
-        scores |= of_name(images, labels, alphas.get(name), key, targets)
+        single = evaluator.of_network(name)
+        scores |= single(images, labels, alphas.get(name), key, targets)
 
     count = images.shape[-4]
-    print(f"{count} {title}; networks: {args.num_eval}, ", end="")
-    print(f"epochs: {args.epoch_eval_train}, {shown}\n")
+    how = f"networks: {args.num_eval}, epochs: {args.epoch_eval_train}, {shown}"
+    print(f"{count} {title}; {how}\n")
     print(report.scores_table(scores, evaluator.data.classes))
     if place.ranks.is_first:
         row = {"evaluated": args.evaluate, "images": count, "scores": scores}
@@ -183,8 +183,8 @@ def evaluation_folder(args, settings):
     """The folder of an evaluation, named after it and its settings."""
     known = settings | {"evaluate": args.evaluate, "lr_teacher": args.lr_teacher}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:6]
-    chosen = args.evaluate == "random" or args.evaluate in CORESETS
-    name = f"{args.evaluate}_ipc{args.ipc}" if chosen else Path(args.evaluate).resolve().stem
+    has_ipc = args.evaluate == "random" or args.evaluate in CORESETS
+    name = f"{args.evaluate}_ipc{args.ipc}" if has_ipc else Path(args.evaluate).resolve().stem
     return args.log_dir / args.dataset / (args.run_name or f"evaluate_{name}_{digest}")
 
 
@@ -201,8 +201,8 @@ def study_of(args, saved, evaluator, place):
         student = evaluation.make_student(args.model, evaluator.data.form, place.amp, place.device)
         experts = matching_experts(args, evaluator.data, student)
     images, labels = saved.images.to(place.device), saved.labels.to(place.device)
-    chosen = args.search_alpha or not task.own_alpha
-    alpha = None if chosen else args.lr_teacher
+    searches_alpha = args.search_alpha or not task.own_alpha
+    alpha = None if searches_alpha else args.lr_teacher
     distilled = TrainingSet("the set", images, labels, evaluator, alpha)
     classes = saved.classes[:: len(labels) // len(images)]
     return Study(args.evaluate, distilled, classes, args.model, experts, place, args.seed)
@@ -210,8 +210,8 @@ def study_of(args, saved, evaluator, place):
 
 def run_task(args, settings, study):
     """Run a task, print its table, and write its JSON file and its picture."""
-    print(f"{len(study.classes)} images of {args.evaluate}; networks: {args.num_eval}, ", end="")
-    print(f"epochs: {args.epoch_eval_train}, seed: {args.seed}", flush=True)
+    how = f"networks: {args.num_eval}, epochs: {args.epoch_eval_train}, seed: {args.seed}"
+    print(f"{len(study.classes)} images of {args.evaluate}; {how}", flush=True)
     outcome = TASKS[args.task].run(study)
     print(f"\n{outcome.table}")
     if study.place.ranks.is_first:
@@ -226,8 +226,11 @@ def run_task(args, settings, study):
 
 
 def exported_record(args, data):
-    """The record of an exported set, without folders of this machine: `files.RunRecord`."""
-    flags = {n: v for n, v in run_flags(args).items() if not isinstance(getattr(args, n), Path)}
+    """The content of a `files.RunRecord` of an exported set, without folders of this machine."""
+    flags = run_flags(args)
+    for name in list(flags):
+        if isinstance(getattr(args, name), Path):
+            del flags[name]
     settings = {"data": data.settings["digest"], "classes": data.classes} | data.settings
     if args.split:
         settings["split"] = args.split.name

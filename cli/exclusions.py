@@ -35,7 +35,7 @@ def check_objective(parser, args):
 
 def check_combinations(parser, args):
     """Refuse flags of distillation.py that cannot be combined."""
-    if not args.evaluate:  # of which an objective is no part
+    if not args.evaluate:  # which has no objective
         check_objective(parser, args)
     if args.total_steps < args.syn_steps:
         reason = f"lower than --syn_steps={args.syn_steps}, which are part of them"

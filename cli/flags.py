@@ -1,4 +1,4 @@
-"""The flags of both scripts, by topic, and which of them exclude each other."""
+"""The flags of both scripts, by topic, and the defaults that depend on others."""
 
 import os
 from pathlib import Path
@@ -160,7 +160,7 @@ OF_OBJECTIVES = {"optimizer_img": "sgd", "labels": "hard", "no_aug": False, "bat
 
 
 def own_default(name):
-    """A function of all flags: the default of this one for the objective."""
+    """A function of all flags that returns the objective's own default of flag `name`."""
     return lambda args: OBJECTIVES[args.objective].defaults.get(name, OF_OBJECTIVES[name])
 
 
@@ -259,7 +259,7 @@ def add_objective_flags(parser):
 
 
 def add_learning_flags(parser):
-    """Add those of the optimisers, and of what guards them."""
+    """Add those of the optimisers and of running means."""
     add = parser.topic("what is learned")
     add(
         "--optimizer_img",

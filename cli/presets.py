@@ -50,12 +50,12 @@ EUROSAT_LOSS = {  # continues a set of `eurosat-1`: --pix_init=RUN
     "ema": 0.98,
 }
 EUROSAT_HARD = {"expert_epochs": 2, "lr_img": 10000.0, "lr_lr": 1e-5, "lr_teacher": 0.02}
-EUROSAT_OTHERS = {  # other objectives: iterations at 1 and at 10 images per class, and more flags
-    "dc": (300, 300, {"eval_it": 100}),
-    "dsa": (300, 300, {"eval_it": 100}),
-    "dm": (300, 300, {"eval_it": 150}),
-    "cafe": (300, 300, {"eval_it": 100}),
-    "kip": (1500, 1500, {"eval_it": 300, "eval_mode": "K"}),
+EUROSAT_OTHERS = {  # other objectives, at one and at ten images per class
+    "dc": {"Iteration": 300, "eval_it": 100},
+    "dsa": {"Iteration": 300, "eval_it": 100},
+    "dm": {"Iteration": 300, "eval_it": 150},
+    "cafe": {"Iteration": 300, "eval_it": 100},
+    "kip": {"Iteration": 1500, "eval_it": 300, "eval_mode": "K"},
 }
 EUROSAT_TABLE = {
     "eurosat-1": {"ipc": 1, "Iteration": 1500} | EUROSAT_RECIPE,
@@ -66,10 +66,11 @@ EUROSAT_TABLE = {
     "eurosat-50": {"ipc": 50, "syn_steps": 20, "max_start_epoch": 5, "batch_syn": 100}
     | EUROSAT_HARD,
 }
-for objective, (at_1, at_10, more) in EUROSAT_OTHERS.items():
-    for ipc, iterations in ((1, at_1), (10, at_10)):
-        own = {"objective": objective, "ipc": ipc, "Iteration": iterations}
-        EUROSAT_TABLE[f"eurosat-{ipc}-{objective}"] = own | more
+EUROSAT_TABLE |= {
+    f"eurosat-{ipc}-{objective}": {"objective": objective, "ipc": ipc} | more
+    for ipc in (1, 10)
+    for objective, more in EUROSAT_OTHERS.items()
+}
 PRESETS = {
     name: {"experts": data | MTT_EXPERTS, "distillation": data | dict(zip(MTT_FLAGS, values))}
     for name, (data, values) in MTT_TABLE.items()

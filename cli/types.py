@@ -79,7 +79,7 @@ dataset = choice(DATASETS, FOLDERS)
 
 
 def model(text):
-    """The full name of a network."""
+    """The name of a network, where it was given by an alias."""
     return ALIASES.get(text, text)
 
 
@@ -97,11 +97,11 @@ def bands(text):
 
 def band_name(text):
     """The name of a band as this project writes it: B04 for b4, B8A for B08A."""
-    name = text.strip().upper()
-    number = name.removeprefix("B").lstrip("0")
-    if not name.startswith("B") or not number.removesuffix("A").isdigit():
+    band = text.strip().upper()
+    digits = band.removeprefix("B").lstrip("0")
+    if not band.startswith("B") or not digits.removesuffix("A").isdigit():
         return text.strip()
-    return f"B{number}" if len(number) > 1 else f"B0{number}"
+    return f"B{digits}" if len(digits) > 1 else f"B0{digits}"
 
 
 def strategy(text):

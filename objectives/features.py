@@ -19,8 +19,8 @@ CAFE, on a network that is trained on the synthetic images between its updates:
     L = Σ_c Σ_l w_l ‖mean φ_l(A(X_c)) − mean φ_l(A(S_c))‖² + Σ_c ‖mean φ(A(X_c)) − m_c‖²
         + 0.01 Σ_c Σ_{x ∈ A(X_c)} CE(softmax_c'(φ(x)·m_c'), c)
 
-The authors of CAFE train and update until accuracies rest. Here, DC's fixed loops take their place,
-since their length is known.
+The authors of CAFE train and update until accuracies stop changing. Here, DC's fixed loops take
+their place, since their length is known.
 """
 
 from collections.abc import Callable
@@ -64,11 +64,11 @@ class AllFeatures(LastFeatures):
         return [*scaled, last]
 
 
-# Means come before features are put side by side: those of a mean are few.
+# Images are averaged before layers are put side by side: the averages are small.
 
 
 def mean_features(student):
-    """Mean features (D,) as a compilable function of θ and images (B, C, H, W)."""
+    """Mean features ((D,),) as a compilable function of θ and images (B, C, H, W)."""
 
     def real_means(theta, x):
         return (torch.cat([layer.mean(0).flatten() for layer in student(x, theta)]),)
@@ -77,7 +77,10 @@ def mean_features(student):
 
 
 def mean_and_last(student):
-    """The same, and φ of each image (B, size), which is the last of a student's features."""
+    """Mean features (D,), and φ of each image (B, size), the last of a student's features.
+
+    A compilable function of θ and images (B, C, H, W).
+    """
 
     def real_features(theta, x):
         layers = student(x, theta)
@@ -113,8 +116,8 @@ class MatchDistributions:
 
     def __call__(self, theta, views, own):
         with torch.no_grad():
-            images = (views.real(label)[0] for label in own)
-            real = [mean_over_parts(self.real_means, theta, x) for x in images]
+            batches = (views.real(label)[0] for label in own)
+            real = [mean_over_parts(self.real_means, theta, x) for x in batches]
         images = torch.stack([views.syn(label)[0] for label in own])  # (classes, n, C, H, W)
         syn, _ = self.syn_means(theta, images)
         loss = (torch.stack(real) - syn).square().sum()

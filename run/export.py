@@ -33,11 +33,12 @@ def export_set(folder, saved, syn_lr, data, view, factor, record):
     images = utils.decode(saved.images, factor)
     pixels = data.to_pixels(images)
     shown = view.of_pixels(pixels)
-    for path, image in places(folder / "images", saved.classes, data.classes, shown, ".png"):
+    classes = saved.classes, data.classes
+    for path, image in files_by_class(folder / "images", *classes, shown, ".png"):
         report.save_picture(path, report.draw_image(image, pixels=True))
     if names := data.settings.get("bands"):
         unit = data.settings["unit"]
-        for path, image in places(folder / "bands", saved.classes, data.classes, pixels, ".tif"):
+        for path, image in files_by_class(folder / "bands", *classes, pixels, ".tif"):
             write_raster(path, image * unit, names)
     content = {"image_tensor": images, "hard_labels": saved.classes, "syn_lr": syn_lr}
     if saved.labels.dim() == 2:
@@ -47,8 +48,8 @@ def export_set(folder, saved, syn_lr, data, view, factor, record):
     print(f"{len(images)} images exported to {folder}")
 
 
-def places(folder, labels, classes, images, ending):
-    """Yield the file of each image, in the folder of its class, and the image."""
+def files_by_class(folder, labels, classes, images, ending):
+    """Make a folder for each class, and yield the file of each image in it, with the image."""
     for label, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for number, image in enumerate(images[labels == label]):

@@ -38,10 +38,11 @@ def softmax(logits):
     return logits.softmax(1)
 
 
-def nearest_probabilities(targets):
-    """The targets (n, classes) of kernel machines as probabilities: the share of what is positive.
+def probabilities_of(targets):
+    """Probabilities (n, classes) for the targets of kernel machines (n, classes).
 
-    `kernels.centred_targets` is undone. Of probabilities, it gives themselves.
+    `kernels.centred_targets` is undone, and what is negative then counts as 0. Centred
+    probabilities come back unchanged.
     """
     shares = (targets + 1 / targets.shape[1]).clamp(min=0)
     return shares / shares.sum(1, keepdim=True).clamp(min=1e-12)
@@ -71,7 +72,7 @@ LABELS = {
     "soft": Labels(soft=True),
     "learned": Labels(soft=True, optimizer=Optimizer(heavy_sgd, 5.0)),
     "targets": Labels(
-        soft=False, optimizer=Optimizer(adam, 0.04), read=nearest_probabilities, centred=True
+        soft=False, optimizer=Optimizer(adam, 0.04), read=probabilities_of, centred=True
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The state of a run: all that is learned, its gradients' steps (rules.py), and its history."""
+"""State of a run: what it learns, how a step updates that (rules.py), and its history."""
 
 import math
 import time
@@ -39,6 +39,7 @@ class State:
                  learned, logits or targets (n, classes), and, if it is learned, "alpha", α or
                  log α, a scalar
     average      running means of `learned`, by name; None: there are none
+    alpha        α as it is evaluated; current_alpha: as it is learned
     label_syn    the classes of the synthetic images, or of their tiles (n,), n = K * factor²
     logits       of soft labels that are not learned (n, classes), or None
     carried      tensors by name, from which the objective's next iteration continues, or None
@@ -80,7 +81,7 @@ class State:
         self.evaluations = Evaluations()
         self.baselines = []
         self.seconds_before = 0.0  # of the processes that this one resumes
-        self.start = time.time()
+        self.started_at = time.time()
         self.finished = False
 
     def leaves(self):
@@ -129,7 +130,7 @@ class State:
 
     @property
     def seconds(self):
-        return self.seconds_before + time.time() - self.start
+        return self.seconds_before + time.time() - self.started_at
 
     def step(self, step):
         """Update all that is learned by the gradients of a `Step`.
@@ -140,32 +141,37 @@ class State:
         if "alpha" in gradients and self.learns_log:  # ∂L/∂(log α) = α ∂L/∂α
             alpha = self.learned["alpha"].detach().exp()  # else the running norms keep a graph
             gradients = gradients | {"alpha": gradients["alpha"] * alpha}
-        for name, gradient in (self.clipped(gradients) if self.rules.clip else gradients).items():
+        self.follow(self.clipped(gradients) if self.rules.clip else gradients)
+        self.carried = step.carried
+        checked = {f"∂L/∂{name}": gradient for name, gradient in gradients.items()}
+        checked |= {"images": self.learned["images"]}
+        finite = {name: tensor.isfinite().all() for name, tensor in checked.items()}
+        values = fetched({"loss": loss} | finite | self.step_sizes())
+        alpha = None
+        if "alpha" in self.learned:
+            self.alpha = values["evaluated"]
+            alpha = self.current_alpha = values["learned"]
+        self.losses.append(values["loss"])
+        if len(self.losses) in self.rules.halvings:
+            self.optimizers["images"].param_groups[0]["lr"] /= 2
+        return first_fault(values["loss"], alpha, {name: values[name] for name in finite})
+
+    def follow(self, gradients):
+        """A step of each optimiser on gradients by name, and of the running means."""
+        for name, gradient in gradients.items():
             self.learned[name].grad = gradient
         for optimizer in self.optimizers.values():
             optimizer.step()
         if self.rules.ema:
             self.update_average()
-        self.carried = step.carried
-        checked = {f"∂L/∂{name}": gradient for name, gradient in gradients.items()}
-        checked |= {"images": self.learned["images"]}
-        finite = [tensor.isfinite().all() for tensor in checked.values()]
-        # One transfer fetches all that is needed from an iteration, since it waits for the device.
-        values = [loss, *(flag.to(loss.dtype) for flag in finite), *self.step_sizes()]
-        loss, *values = torch.stack(values).tolist()
-        if "alpha" in self.learned:
-            *values, self.current_alpha, self.alpha = values
-        self.losses.append(loss)
-        if len(self.losses) in self.rules.halvings:
-            self.optimizers["images"].param_groups[0]["lr"] /= 2
-        alpha = self.current_alpha if "alpha" in self.learned else None
-        return first_fault(loss, alpha, dict(zip(checked, values)))
 
     def step_sizes(self):
-        """α as it is learned and as it is evaluated, scalars; none if it is not learned."""
-        of_each = self.learned, self.evaluated
-        alphas = [each["alpha"].detach() for each in of_each if "alpha" in each]
-        return [alpha.exp() for alpha in alphas] if self.learns_log else alphas
+        """α as it is "learned" and as it is "evaluated", scalars; none if it is not learned."""
+        if "alpha" not in self.learned:
+            return {}
+        sizes = {"learned": self.learned["alpha"], "evaluated": self.evaluated["alpha"]}
+        sizes = {name: alpha.detach() for name, alpha in sizes.items()}
+        return {name: alpha.exp() for name, alpha in sizes.items()} if self.learns_log else sizes
 
     @torch.no_grad()
     def update_average(self):
@@ -198,11 +204,8 @@ class State:
         self.finished &= len(self.losses) == iterations
         # Baselines are for the same networks, as many, trained for as many epochs.
         wanted = evaluator.pool.keys(), evaluator.epochs, evaluator.num_eval
-        for row in self.baselines[:1]:
-            scores = row["scores"]
-            count = max(len(of_network.test) for of_network in scores.values())
-            seen = scores.keys(), row["epochs"], count
-            self.baselines = [] if seen != wanted and not self.finished else self.baselines
+        if self.baselines and not self.finished and networks_in(self.baselines[0]) != wanted:
+            self.baselines = []
 
     def save(self, path):
         files.write_tensors(path, self.content())
@@ -270,6 +273,20 @@ class State:
         self.baselines = from_json(content["baselines"])
         self.seconds_before = content["seconds"]
         self.finished = content["finished"]
+
+
+def networks_in(row):
+    """Names, epochs and number of the networks of an evaluation."""
+    scores = row["scores"]
+    count = max(len(of_network.test) for of_network in scores.values())
+    return scores.keys(), row["epochs"], count
+
+
+def fetched(scalars):
+    """Scalar tensors by name as numbers, in one transfer, since it waits for the device."""
+    kind = scalars["loss"].dtype
+    values = torch.stack([scalar.to(kind) for scalar in scalars.values()]).tolist()
+    return dict(zip(scalars, values))
 
 
 def on_cpu(tensors):

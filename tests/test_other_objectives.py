@@ -26,7 +26,7 @@ from objectives.gradients import MatchGradients, class_gradient, gradient_distan
 from objectives.kernel import KernelRidge, kip_loss
 from objectives.pairs import Pairs
 from reparam_module import AdjointUnroll, ReparamModule
-from run.rules import LABELS, nearest_probabilities
+from run.rules import LABELS, probabilities_of
 from run.state import Step
 from system.ranks import ALONE, Ranks
 from utils import Augment
@@ -432,15 +432,15 @@ def test_the_rate_of_cafe_is_halved_once():
     assert rates == [0.1, 0.05, 0.05, 0.05]
 
 
-def test_targets_start_as_classes_and_networks_take_their_nearest_probabilities():
+def test_targets_start_as_classes_and_networks_take_their_probabilities_of():
     state = make_state(arguments(objective="kip", ipc=2), make_data())
     one_hot = F.one_hot(state.label_syn, CLASSES).float()
     torch.testing.assert_close(state.targets, one_hot - 1 / CLASSES)
     torch.testing.assert_close(state.labels, one_hot)
     probabilities = torch.rand(5, CLASSES, generator=seeded(0)).softmax(1)
-    again = nearest_probabilities(kernels.centred_targets(probabilities, CLASSES))
+    again = probabilities_of(kernels.centred_targets(probabilities, CLASSES))
     torch.testing.assert_close(again, probabilities)
-    wild = nearest_probabilities(torch.tensor([[2.0, -1.0, 0.25, -0.25]]))
+    wild = probabilities_of(torch.tensor([[2.0, -1.0, 0.25, -0.25]]))
     torch.testing.assert_close(wild, torch.tensor([[2.25, 0.0, 0.5, 0.0]]) / 2.75)
 
 
