@@ -1,8 +1,8 @@
 """Distill a data set: learn a few synthetic images per class that train a network like real ones.
 
-    python distillation.py --dataset=EuroSAT --ipc=1 --syn_steps=20 --expert_epochs=3 \
-        --max_start_epoch=5 --zca --lr_img=1000 --lr_lr=1e-05 --lr_teacher=0.01 \
-        --buffer_path=BUF --data_path=DATA
+    python distillation.py --dataset=EuroSAT --model=ConvNetW32 --ipc=1 --syn_steps=20 \
+        --expert_epochs=3 --max_start_epoch=5 --zca --lr_img=1000 --lr_lr=1e-05 \
+        --lr_teacher=0.01 --buffer_path=BUF --data_path=DATA
 
 needs the experts of `expert_trajectories.py` with the same --dataset, --model and --zca. With
 another --objective, and labels that are hard or those of a set in --pix_init, it needs none. Every

@@ -9,8 +9,8 @@ each, a .json records what the expert was trained on and how, how well it did, a
 again, the command adds missing experts: expert k depends on seed + k and nothing else. Any number
 of these processes, on any machines, can share one folder.
 
-With --amp on one core of an AMD EPYC, eight epochs of EuroSAT take ConvNetW32 four minutes, and
-ConvNet half an hour.
+With --amp on one core of an Intel Xeon with AMX, twelve epochs of EuroSAT take ConvNetW32 three and
+a half minutes.
 """
 
 import time

@@ -109,7 +109,7 @@ def class_means(student):
 
 @dataclass(frozen=True)
 class MatchDistributions:
-    """L of DM and its gradient with respect to the synthetic images."""
+    """L of DM, over the classes `own`, and its gradient with respect to the synthetic images."""
 
     real_means: Callable  # `mean_features` of φ, compiled
     syn_means: Callable  # `class_means` of φ, compiled
@@ -128,7 +128,7 @@ class MatchDistributions:
 class AlignFeatures:
     """L of CAFE and its gradient with respect to the synthetic images.
 
-    A rank has the summands of its own classes, in which the centres of all classes stand.
+    A rank has the summands of its classes, `own`, in which the centres of all classes stand.
     """
 
     real_features: Callable  # `mean_and_last` of all features, compiled
