@@ -14,7 +14,9 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 LINES = {  # lines of the figure, and how the rows of the table begin from which they are drawn
     "random real images": ["random real images"],
     "the same, labelled by the experts": ["the same, labelled by the experts"],
-    "distilled": ["the same, then the loss", "trajectory, hard labels"],
+    "distilled by DM, hard labels": ["[DM](#other-objectives), hard labels"],
+    "distilled along trajectories": ["the same, then the loss", "trajectory, hard labels"],
+    "as 40 tiles": ["as 40 tiles, then the loss"],
 }
 EVERYTHING = "all training images, evaluation's recipe"
 
