@@ -36,7 +36,7 @@ EUROSAT_RECIPE = {
     "ema": 0.99,
     "eval_it": 300,
 }
-EUROSAT_LOSS = {  # continues a set of `eurosat-1`: --pix_init=RUN
+EUROSAT_LOSS = {  # continues a set: --pix_init=RUN
     "objective": "loss",
     "syn_steps": 30,
     "total_steps": 150,
@@ -63,6 +63,7 @@ EUROSAT_TABLE = {
     "eurosat-1-tiles": {"ipc": 1, "factor": 2, "Iteration": 300} | EUROSAT_RECIPE,
     "eurosat-1-tiles-loss": {"ipc": 1, "factor": 2, "Iteration": 200} | EUROSAT_LOSS,
     "eurosat-10": {"ipc": 10, "syn_steps": 20, "max_start_epoch": 4} | EUROSAT_HARD,
+    "eurosat-10-loss": {"ipc": 10, "Iteration": 200} | EUROSAT_LOSS | {"lr_img": 0.01},
     "eurosat-50": {"ipc": 50, "syn_steps": 20, "max_start_epoch": 5, "batch_syn": 100}
     | EUROSAT_HARD,
 }

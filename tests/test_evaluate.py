@@ -581,6 +581,14 @@ def test_labels_that_are_logits_are_taken_as_such(tmp_path):
     torch.testing.assert_close(loaded.labels, SOFT)
 
 
+def test_a_set_in_half_precision_is_read_in_single(tmp_path):
+    images = torch.randn(10, 3, 16, 16, generator=utils.make_generator(0))
+    torch.save(images.half(), tmp_path / "images_best.pt")
+    torch.save(torch.arange(10), tmp_path / "labels_best.pt")
+    loaded = saved_sets.load_set(tmp_path, Form(10, 16), 1, "--evaluate").images
+    assert loaded.dtype == torch.float32 and torch.equal(loaded, images.half().float())
+
+
 def test_changed_bytes_of_a_set_are_noticed(refuse, flags, tmp_path):
     torch.save(IMAGES, tmp_path / "images_best.pt")
     content = bytearray((tmp_path / "images_best.pt").read_bytes())
