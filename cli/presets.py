@@ -36,6 +36,14 @@ EUROSAT_RECIPE = {
     "ema": 0.99,
     "eval_it": 300,
 }
+EUROSAT_HARD = {
+    "syn_steps": 20,
+    "expert_epochs": 2,
+    "max_start_epoch": 4,
+    "lr_img": 10000.0,
+    "lr_lr": 1e-5,
+    "lr_teacher": 0.02,
+}
 EUROSAT_LOSS = {  # continues a set: --pix_init=RUN
     "objective": "loss",
     "syn_steps": 30,
@@ -49,7 +57,6 @@ EUROSAT_LOSS = {  # continues a set: --pix_init=RUN
     "lr_lr": 0.005,
     "ema": 0.98,
 }
-EUROSAT_HARD = {"expert_epochs": 2, "lr_img": 10000.0, "lr_lr": 1e-5, "lr_teacher": 0.02}
 EUROSAT_OTHERS = {  # other objectives, at one and at ten images per class
     "dc": {"Iteration": 300, "eval_it": 100},
     "dsa": {"Iteration": 300, "eval_it": 100},
@@ -62,16 +69,15 @@ EUROSAT_TABLE = {
     "eurosat-1-loss": {"ipc": 1, "Iteration": 300} | EUROSAT_LOSS,
     "eurosat-1-tiles": {"ipc": 1, "factor": 2, "Iteration": 300} | EUROSAT_RECIPE,
     "eurosat-1-tiles-loss": {"ipc": 1, "factor": 2, "Iteration": 200} | EUROSAT_LOSS,
-    "eurosat-10": {"ipc": 10, "syn_steps": 20, "max_start_epoch": 4} | EUROSAT_HARD,
+    "eurosat-10": {"ipc": 10} | EUROSAT_HARD,
     "eurosat-10-loss": {"ipc": 10, "Iteration": 200} | EUROSAT_LOSS | {"lr_img": 0.01},
-    "eurosat-50": {"ipc": 50, "syn_steps": 20, "max_start_epoch": 5, "batch_syn": 100}
-    | EUROSAT_HARD,
 }
 EUROSAT_TABLE |= {
     f"eurosat-{ipc}-{objective}": {"objective": objective, "ipc": ipc} | more
     for ipc in (1, 10)
     for objective, more in EUROSAT_OTHERS.items()
 }
+EUROSAT_TABLE["eurosat-50-dm"] = EUROSAT_TABLE["eurosat-10-dm"] | {"ipc": 50}
 PRESETS = {
     name: {"experts": data | MTT_EXPERTS, "distillation": data | dict(zip(MTT_FLAGS, values))}
     for name, (data, values) in MTT_TABLE.items()

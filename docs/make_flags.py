@@ -66,7 +66,7 @@ def presets(names):
 def preset_tables():
     """The tables of EuroSAT's presets, of those for other objectives, and of MTT's."""
     ours = [name for name in PRESETS if name.startswith("eurosat")]
-    others = [f"eurosat-{ipc}-{name}" for ipc in (1, 10) for name in EUROSAT_OTHERS]
+    others = [name for name in ours if name.rpartition("-")[2] in EUROSAT_OTHERS]
     groups = [name for name in ours if name not in others], others
     groups += ([name for name in PRESETS if name not in ours],)
     return "\n".join(presets(group) for group in groups)
