@@ -70,7 +70,6 @@ EUROSAT_TABLE = {
     "eurosat-1-tiles": {"ipc": 1, "factor": 2, "Iteration": 300} | EUROSAT_RECIPE,
     "eurosat-1-tiles-loss": {"ipc": 1, "factor": 2, "Iteration": 200} | EUROSAT_LOSS,
     "eurosat-10": {"ipc": 10} | EUROSAT_HARD,
-    "eurosat-10-loss": {"ipc": 10, "Iteration": 200} | EUROSAT_LOSS | {"lr_img": 0.01},
 }
 EUROSAT_TABLE |= {
     f"eurosat-{ipc}-{objective}": {"objective": objective, "ipc": ipc} | more
