@@ -76,7 +76,9 @@ EUROSAT_TABLE |= {
     for ipc in (1, 10)
     for objective, more in EUROSAT_OTHERS.items()
 }
-EUROSAT_TABLE["eurosat-50-dm"] = EUROSAT_TABLE["eurosat-10-dm"] | {"ipc": 50}
+DM_10 = EUROSAT_TABLE["eurosat-10-dm"]
+EUROSAT_TABLE["eurosat-50-dm"] = DM_10 | {"ipc": 50}
+EUROSAT_TABLE["eurosat-10-tiles-dm"] = DM_10 | {"factor": 2, "Iteration": 400, "eval_it": 200}
 PRESETS = {
     name: {"experts": data | MTT_EXPERTS, "distillation": data | dict(zip(MTT_FLAGS, values))}
     for name, (data, values) in MTT_TABLE.items()

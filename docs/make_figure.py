@@ -16,7 +16,7 @@ LINES = {  # lines of the figure, and how the rows of the table begin from which
     "the same, labelled by the experts": ["the same, labelled by the experts"],
     "distilled by DM, hard labels": ["[DM](#other-objectives), hard labels"],
     "distilled along trajectories": ["the same, then the loss", "trajectory, hard labels"],
-    "as 40 tiles": ["as 40 tiles, then the loss"],
+    "tiles in the same storage": ["as 40 tiles", "as 400 tiles"],
 }
 EVERYTHING = "all training images, evaluation's recipe"
 
