@@ -93,8 +93,9 @@ def main(args, settings):
     if args.export:
         if place.ranks.is_first:
             view = report.view_of(data, args.show_bands)
+            tiles = saved._replace(images=utils.decode(saved.images, args.factor))
             record = exported_record(args, data)
-            export_set(args.export, saved, args.lr_teacher, data, view, args.factor, record)
+            export_set(args.export, tiles, args.lr_teacher, data, view, record)
         return
     evaluator = evaluation.make_evaluator(args, data, pool, place)
     if args.task:
