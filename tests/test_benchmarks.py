@@ -196,3 +196,21 @@ def test_a_match_and_the_plain_loop_beside_it_have_the_same_loss(bench, monkeypa
     )
     assert plain["losses"] == pytest.approx(here["losses"], rel=1e-4)
     assert len(here["seconds"]) == 2 and here["peak"] > 1e8
+
+
+def test_iterations_with_more_bands_are_timed_beside_those_with_three(
+    bench, monkeypatch, tmp_path, capsys
+):
+    def in_this_process(commands, turns):
+        assert turns == bench.WARM_UP + 2 + 1
+        return [bench.measure(**json.loads(command[-1])) for command in commands]
+
+    monkeypatch.setattr(bench, "take_turn", lambda: None)
+    monkeypatch.setattr(bench, "last_lines", in_this_process)
+    path = tmp_path / "bands.json"
+    bench.main([*FEW, "--bands", "3", "13", "--steps", "2", "--no-amp", f"--out={path}"])
+    three, thirteen = json.loads(path.read_text())["bands"]
+    assert three["bands"] == 3 and thirteen["bands"] == 13
+    assert len(three["seconds"]) == len(thirteen["seconds"]) == 2
+    assert bench.make_inputs("ConvNetD1", 1, "cpu", 13).images.shape == (10, 13, 16, 16)
+    assert "1.00 x" in capsys.readouterr().out

@@ -10,7 +10,11 @@ and writes it with all single times to a JSON file.
 
     python tests/benchmarks/bench.py --objective dc dm cafe --model=ConvNetW32
 
-times other objectives instead, each beside a plain loop over the classes, in turns as well.
+times other objectives instead, each beside a plain loop over the classes, in turns as well, and
+
+    python tests/benchmarks/bench.py --bands 3 13 --steps 20
+
+iterations with so many bands.
 
 Times are medians of the iterations after the fourth: glibc's allocator needs some to adapt to the
 sizes, and the first one compiles. Peak memory is `torch.cuda.max_memory_allocated` on a
@@ -71,7 +75,7 @@ LR = 0.01
 class Inputs(NamedTuple):
     """Random synthetic images and a made-up expert of two epochs, the same in every process."""
 
-    images: torch.Tensor  # (10 * ipc, 3, 64, 64)
+    images: torch.Tensor  # (10 * ipc, bands, 64, 64)
     labels: torch.Tensor
     snapshots: list  # of parameters, in `parameters()` order, on the CPU
 
@@ -88,22 +92,23 @@ class Inputs(NamedTuple):
         return AUGMENT(*synthetic, batch, self.labels)
 
 
-def make_inputs(model, ipc, device):
+def make_inputs(model, ipc, device, bands=3):
     random = utils.make_generator("benchmark")
-    network = utils.initial_network(model, FORM, random, "cpu")
+    network = utils.initial_network(model, FORM._replace(channels=bands), random, "cpu")
     parameters = [p.detach() for p in network.parameters()]
     snapshots = [
         [p + 0.01 * k * torch.randn(p.shape, generator=random) for p in parameters]
         for k in range(3)
     ]
     side = FORM.im_size
-    images = torch.randn(FORM.num_classes * ipc, 3, side, side, generator=random)
+    images = torch.randn(FORM.num_classes * ipc, bands, side, side, generator=random)
     labels = torch.arange(FORM.num_classes).repeat_interleave(ipc)
     return Inputs(images.to(device), labels.to(device), snapshots)
 
 
-def make_student(model, precision, device):
-    network = utils.initial_network(model, FORM, utils.make_generator(0), device)
+def make_student(model, precision, device, bands=3):
+    form = FORM._replace(channels=bands)
+    network = utils.initial_network(model, form, utils.make_generator(0), device)
     return ReparamModule(network, amp=precision == "bfloat16")
 
 
@@ -153,15 +158,15 @@ def measure_limits(device, precisions, size):
 
 
 def measure_iteration(
-    device, model, ipc, unroll, memory, steps, precision, compile, repeat, turns=False
+    device, model, ipc, unroll, memory, steps, precision, compile, repeat, turns=False, bands=3
 ):
     """Iterations of distillation: batches drawn and augmented, N steps, gradients.
 
     With `turns`, it takes one for each, and one before all, as MTT does for its evaluation.
     """
-    inputs = make_inputs(model, ipc, device)
+    inputs = make_inputs(model, ipc, device, bands)
     of_engine, count = inputs.of_engine(), len(inputs.images)
-    student = make_student(model, precision, device)
+    student = make_student(model, precision, device, bands)
     memory = resources.activation_memory(memory, device)
     engine = UNROLLS[unroll](student, inputs.make_batch, Compiler(compile).function, memory)
     random = utils.make_generator("draws")
@@ -442,6 +447,23 @@ def compare_objectives(args):
     return rows
 
 
+def compare_bands(args):
+    """Print and return times of iterations with each number of --bands, in turns."""
+    options = {"device": args.device, "model": args.model, "ipc": args.ipc, "unroll": "adjoint"}
+    options |= {"memory": None, "steps": args.steps[-1], "repeat": args.repeat}
+    rows = []
+    print(f"{'precision':10} {'bands':>5} {'s':>8} {'against the first':>18}")
+    for precision in ["float32", "bfloat16"] if args.amp else ["float32"]:
+        how = {"precision": precision, "compile": args.compile, "turns": True}
+        commands = [child_command("iteration", **options, **how, bands=n) for n in args.bands]
+        measured = last_lines(commands, WARM_UP + args.repeat + 1)
+        medians = [statistics.median(row["seconds"]) for row in measured]
+        for bands, row, median in zip(args.bands, measured, medians):
+            rows.append({"precision": precision, "bands": bands} | row)
+            print(f"{precision:10} {bands:5} {median:8.3f} {median / medians[0]:16.2f} x")
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------
 # The table
 
@@ -606,6 +628,7 @@ def parse_args(argv):
     add("--model", default="ConvNet", help="network")
     add("--ipc", type=int, default=1, help="synthetic images per class")
     add("--objective", nargs="+", choices=plain_loops.LOOPS, help="time these instead, in turns")
+    add("--bands", type=int, nargs="+", help="time iterations with so many bands, in turns")
     add("--steps", type=int, nargs="+", default=[5, 10, 20, 40, 80], help="values of N, rising")
     add("--repeat", type=int, default=3, help="iterations that are timed, after the first")
     add("--epochs", type=int, default=40, help="epochs of an evaluation")
@@ -627,6 +650,8 @@ def main(argv=None):
     args.amp = devices.check_amp(args.amp, device)
     if args.objective:
         results = {"objectives": compare_objectives(args)}
+    elif args.bands:
+        results = {"bands": compare_bands(args)}
     else:
         results = measure_all(args)
         print("\n".join(summary(results, args)))
