@@ -364,3 +364,11 @@ def specks_run(specks_flags, specks_buffers):
     flags += ["--expert_epochs=1", "--max_start_epoch=2", "--syn_steps=2", "--lr_teacher=0.1"]
     flags += ["--lr_lr=1e-4", "--Iteration=9", "--checkpoint_every=2", "--eval_it=3"]
     return [*flags, "--num_eval=1", "--epoch_eval_train=5", "--batch_real=8"]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(finish, specks_run, tmp_path_factory):
+    """The working folder of a run that nothing disturbed. Not to be changed."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    finish("distillation.py", *specks_run, cwd=cwd)
+    return cwd
