@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from datasets.preprocessing import Form
@@ -144,6 +145,65 @@ def test_mtts_own_script_is_run_and_its_iterations_and_one_evaluation_are_timed(
     assert row["peak"] > 1e8 and ours["peak"] > 1e8
     assert all(0.1 <= seconds < 5 for seconds in (row["first"], *row["seconds"]))
     assert 0.2 <= 3 * row["evaluation"] < 5  # epochs, and one that MTT adds
+
+
+DC_CHECKOUT = {
+    "networks.py": CHECKOUT["networks.py"],
+    "utils.py": """
+import time
+from networks import ConvNet
+
+def get_dataset(*_):
+    raise AssertionError("the data set is to be replaced")
+
+def get_network(model, channel, classes, size):
+    return ConvNet()
+
+def rand_crop(x, param):
+    assert len(x) > 1 or not param.Siamese
+    return x
+
+AUGMENT_FNS = {"crop": [rand_crop]}
+""",  # what dc.py touches of the code of DC
+    "main_DM.py": """
+import argparse, time, types
+import torch
+from utils import AUGMENT_FNS, get_dataset, get_network
+
+if __name__ == "__main__":
+    print("what DC prints is not in the way")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--Iteration", type=int)
+    parser.add_argument("--dsa_strategy")
+    args, _ = parser.parse_known_args()
+    assert args.dsa_strategy.startswith("color_crop")
+    channel, im_size, classes, *_, mean, std, train, test, loader = get_dataset("CIFAR10", "data")
+    assert (channel, im_size, classes, len(mean), len(std)) == (3, (16, 16), 10, 3, 3)
+    param = types.SimpleNamespace(Siamese=True)
+    for it in range(args.Iteration + 1):
+        assert get_network("ConvNet", channel, classes, im_size).im_size == (16, 16)
+        for count in (1, 2):
+            AUGMENT_FNS["crop"][0](torch.ones(count, 3), param)
+        assert param.Siamese
+        time.sleep(0.1)
+    raise AssertionError("there is no end to it")
+""",
+}
+
+
+def test_dcs_own_script_is_run_and_its_iterations_are_timed(tmp_path):
+    for name, text in DC_CHECKOUT.items():
+        (tmp_path / name).write_text(text)
+    images = tmp_path / "images.pt"
+    torch.save((torch.randn(20, 3, 16, 16), torch.arange(20) % 10), images)
+    command = [sys.executable, FOLDER / "dc.py", tmp_path, tmp_path, images, "3", "dm"]
+    done = subprocess.run(command, input="\n" * 3, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *turns, last = done.stdout.splitlines()
+    assert turns == ["", "", ""]
+    row = json.loads(last)
+    assert len(row["seconds"]) == 3 and all(0.1 <= seconds < 5 for seconds in row["seconds"])
+    assert row["peak"] > 1e8
 
 
 def test_commands_take_turns_and_one_that_fails_ends_all(bench):

@@ -10,11 +10,13 @@ and writes it with all single times to a JSON file.
 
     python tests/benchmarks/bench.py --objective dc dm cafe --model=ConvNetW32
 
-times other objectives instead, each beside a plain loop over the classes, in turns as well, and
+times other objectives instead, each beside a plain loop over the classes, in turns as well. With
+`--peer DC`, a checkout of github.com/VICO-UoE/DatasetCondensation, their authors' own loop takes
+its place (but for CAFE's).
 
     python tests/benchmarks/bench.py --bands 3 13 --steps 20
 
-iterations with so many bands.
+times iterations with so many bands.
 
 Times are medians of the iterations after the fourth: glibc's allocator needs some to adapt to the
 sizes, and the first one compiles. Peak memory is `torch.cuda.max_memory_allocated` on a
@@ -42,6 +44,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import dc
 import plain_loops
 
 import distillation
@@ -290,6 +293,14 @@ def measure_evaluation(device, model, ipc, precision, compile, epochs):
     return {"seconds": (seconds(epochs + 1) - seconds(1)) / epochs / evaluator.num_eval}
 
 
+def real_images(of_class):
+    """Random images (N, 3, 64, 64), so many of each class, and their classes (N,)."""
+    count = of_class * FORM.num_classes
+    random = utils.make_generator("objective")
+    images = torch.randn(count, 3, FORM.im_size, FORM.im_size, generator=random)
+    return images, torch.arange(count) % FORM.num_classes
+
+
 def measure_objective(device, objective, plain, model, ipc, precision, compile, repeat):
     """Matches of an objective on random images, or the plain loop on the same ones.
 
@@ -297,10 +308,7 @@ def measure_objective(device, objective, plain, model, ipc, precision, compile, 
     """
     given = {"objective": objective, "model": model, "ipc": ipc, "device": str(device)}
     args = flags.completed(distillation.make_parser(), given)
-    random = utils.make_generator("objective")
-    count = args.batch_objective * FORM.num_classes
-    images = torch.randn(count, 3, FORM.im_size, FORM.im_size, generator=random).to(device)
-    part = images, (torch.arange(count) % FORM.num_classes).to(device)
+    part = tuple(tensor.to(device) for tensor in real_images(args.batch_objective))
     names = by_name.CLASS_NAMES[: FORM.num_classes]
     data = Data(part, part, part, names, {}, None)
     machine = Machine(device, ALONE, Compiler(compile))
@@ -426,25 +434,40 @@ def measure_beside_mtt(args, steps, **arguments):
 
 
 def compare_objectives(args):
-    """Print and return times and memory of --objective, each beside its plain loop, in turns."""
+    """Print and return times and memory of --objective, each beside another loop, in turns."""
     rows = []
-    print(f"{'objective':10} {'precision':10} {'plain, s':>9} {'here, s':>9}     time    memory")
+    print(f"{'objective':10} {'precision':10} {'beside':>8} {'its, s':>9} {'here, s':>9}", end="")
+    print("     time    memory")
     for objective in args.objective:
         for precision in ["float32", "bfloat16"] if args.amp else ["float32"]:
-            options = {"device": args.device, "objective": objective, "model": args.model}
-            options |= {"ipc": args.ipc, "repeat": args.repeat, "compile": args.compile}
-            commands = [
-                child_command("objective", **options, plain=plain, precision=precision)
-                for plain in (True, False)
-            ]
-            plain, here = last_lines(commands, WARM_UP + args.repeat)
-            row = {"objective": objective, "precision": precision, "plain": plain, "here": here}
+            row = {"objective": objective, "precision": precision}
+            row |= compare_objective(args, objective, precision)
             rows.append(row)
-            seconds = [statistics.median(each["seconds"]) for each in (plain, here)]
-            line = f"{objective:10} {precision:10} {seconds[0]:9.3f} {seconds[1]:9.3f} "
-            line += f"{seconds[0] / seconds[1]:7.2f} x {plain['peak'] / here['peak']:7.2f} x"
-            print(line, flush=True)
+            its, here = (statistics.median(row[each]["seconds"]) for each in ("other", "here"))
+            memory = row["other"]["peak"] / row["here"]["peak"]
+            start = f"{objective:10} {precision:10} {row['beside']:>8} {its:9.3f} {here:9.3f} "
+            print(f"{start}{its / here:7.2f} x {memory:7.2f} x", flush=True)
     return rows
+
+
+def compare_objective(args, objective, precision):
+    """A row: matches of an objective beside those of its authors, or of the plain loop."""
+    options = {"device": args.device, "objective": objective, "model": args.model, "ipc": args.ipc}
+    options |= {"repeat": args.repeat, "compile": args.compile, "precision": precision}
+    here = child_command("objective", **options, plain=False)
+    turns = WARM_UP + args.repeat
+    if not (args.peer and objective in dc.SCRIPTS):
+        other, here = last_lines([child_command("objective", **options, plain=True), here], turns)
+        return {"beside": "plain", "other": other, "here": here}
+    with tempfile.TemporaryDirectory() as work:
+        images = Path(work) / "images.pt"
+        torch.save(real_images(OBJECTIVES[objective].defaults["batch_objective"]), images)
+        script = Path(__file__).with_name("dc.py")
+        command = [sys.executable, script, Path(args.peer).resolve(), work, images, str(turns)]
+        command += [objective, "--dataset=CIFAR10", f"--model={args.model}", f"--ipc={args.ipc}"]
+        theirs, here = last_lines([command, here], turns)
+    other = iteration_row(theirs["seconds"], theirs["peak"])
+    return {"beside": "authors'", "other": other, "here": here}
 
 
 def compare_bands(args):
@@ -624,7 +647,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--child", type=json.loads, help=argparse.SUPPRESS)
-    add("--peer", help="checkout of MTT, whose loop runs beside (at 64x64 it knows ConvNet only)")
+    add("--peer", help="checkout of MTT, or for --objective of DC, whose loop runs beside")
     add("--model", default="ConvNet", help="network")
     add("--ipc", type=int, default=1, help="synthetic images per class")
     add("--objective", nargs="+", choices=plain_loops.LOOPS, help="time these instead, in turns")
