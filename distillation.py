@@ -25,7 +25,7 @@ import evaluate_set
 import evaluation
 import trajectories
 import utils
-from cli import exclusions, flags
+from cli import distillation_flags, exclusions, flags
 from cli.parser import Parser
 from cli.presets import preset_flags
 from datasets import by_name, initial_sets, saved_sets
@@ -52,7 +52,7 @@ def make_parser():
     """The parser of this script's flags."""
     parser = Parser(__doc__)
     flags.add_shared_flags(parser, batch_train=256)
-    flags.add_distillation_flags(parser)
+    distillation_flags.add_distillation_flags(parser)
     return parser
 
 
@@ -86,7 +86,7 @@ def parse_args():
         saved = {"labels": "hard"}
         if what == "full":
             saved["epoch_eval_train"] = 50  # an epoch has far more steps
-    args = flags.completed(parser, preset, saved, given)
+    args = distillation_flags.completed(parser, preset, saved, given)
     exclusions.check_combinations(parser, args)
     return args
 
@@ -109,7 +109,7 @@ def recorded_set(parser, what):
 
 def settings_of(args):
     """The flags that a result depends on, where they differ from their defaults."""
-    return run_settings(args, flags.defaults_for(make_parser(), args))
+    return run_settings(args, distillation_flags.defaults_for(make_parser(), args))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Flags of the scripts that exclude each other."""
 
-from cli.flags import defaults_for
+from cli.distillation_flags import defaults_for
 from datasets.bands import RGB
 from datasets.coresets import CORESETS
 from datasets.saved_sets import REAL_SETS, is_saved

@@ -24,7 +24,7 @@ from wandb.proto import wandb_internal_pb2
 sys.path.insert(0, str(ROOT))
 
 import distillation  # found through the line above
-from cli import flags
+from cli import distillation_flags
 from datasets import by_name
 from datasets.toysat import write_toysat
 from system import devices
@@ -41,7 +41,7 @@ for variable in [name for name in os.environ if name.startswith("WANDB_")]:
 
 def arguments(**changes):
     """The defaults of distillation.py's flags as a namespace, with changes."""
-    return flags.completed(distillation.make_parser(), changes)
+    return distillation_flags.completed(distillation.make_parser(), changes)
 
 
 def make_state(args, data, logits=None):

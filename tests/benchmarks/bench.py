@@ -51,7 +51,7 @@ import distillation
 import evaluation
 import trajectories
 import utils
-from cli import flags
+from cli import distillation_flags
 from datasets import by_name  # found through the line above
 from datasets.preprocessing import Data, Form
 from evaluation import Evaluator
@@ -307,7 +307,7 @@ def measure_objective(device, objective, plain, model, ipc, precision, compile, 
     Networks are fresh, as none is trained between the matches. Takes a turn for each.
     """
     given = {"objective": objective, "model": model, "ipc": ipc, "device": str(device)}
-    args = flags.completed(distillation.make_parser(), given)
+    args = distillation_flags.completed(distillation.make_parser(), given)
     part = tuple(tensor.to(device) for tensor in real_images(args.batch_objective))
     names = by_name.CLASS_NAMES[: FORM.num_classes]
     data = Data(part, part, part, names, {}, None)
