@@ -21,8 +21,7 @@ import torch
 
 import trajectories
 import utils
-from cli.exclusions import check_split
-from cli.flags import add_shared_flags, selection_of, wandb_options
+from cli.flags import add_shared_flags, check_split, selection_of, wandb_options
 from cli.parser import Parser
 from cli.presets import preset_flags
 from cli.types import boolean, count, fraction, not_negative

@@ -1,6 +1,7 @@
-"""Flags of the scripts that exclude each other."""
+"""Flags of distillation.py that exclude each other."""
 
 from cli.distillation_flags import defaults_for
+from cli.flags import check_split
 from datasets.bands import RGB
 from datasets.coresets import CORESETS
 from datasets.saved_sets import REAL_SETS, is_saved
@@ -9,13 +10,6 @@ from kernels import KERNELS
 from objectives import OBJECTIVES
 from run.rules import LABELS
 from uses import TASKS
-
-
-def check_split(parser, given):
-    """Refuse --val_fraction beside --split."""
-    if given.get("split") and "val_fraction" in given:
-        reason = "the lists say which images are for validation: leave it out"
-        parser.error(f"--split and --val_fraction={given['val_fraction']}: {reason}")
 
 
 def check_objective(parser, args):

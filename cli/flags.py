@@ -127,6 +127,13 @@ def add_machine_flags(parser):
     add("--wandb_entity", type=wandb_name, help="user or team (default: yours)")
 
 
+def check_split(parser, given):
+    """Refuse --val_fraction beside --split."""
+    if given.get("split") and "val_fraction" in given:
+        reason = "the lists say which images are for validation: leave it out"
+        parser.error(f"--split and --val_fraction={given['val_fraction']}: {reason}")
+
+
 def selection_of(args):
     """The part of the data set that flags select."""
     return Selection(args.bands, args.fill_nodata, args.split)
