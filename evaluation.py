@@ -40,6 +40,11 @@ EVAL_POOLS = {  # --eval_mode: the networks or KERNELS for evaluation, `model` s
 }
 
 
+def names_in(mode):
+    """The names that a value of --eval_mode stands for: a pool's, or its own, joined by commas."""
+    return EVAL_POOLS.get(mode) or tuple(mode.split(","))
+
+
 def make_pool(mode, model, form, machine):
     """The networks of --eval_mode, by name, each with the step that trains several at once.
 
@@ -47,7 +52,7 @@ def make_pool(mode, model, form, machine):
 
     Raises ReportedError if one of them does not accept images of this `preprocessing.Form`.
     """
-    names = dict.fromkeys(model if name == "model" else name for name in EVAL_POOLS[mode])
+    names = dict.fromkeys(model if name == "model" else name for name in names_in(mode))
     try:
         return {
             name: None if name in KERNELS else make_sgd_step(name, form, machine) for name in names

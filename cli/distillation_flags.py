@@ -1,5 +1,6 @@
 """The flags of distillation.py alone, by topic, and the defaults that depend on others."""
 
+import argparse
 from pathlib import Path
 
 from cli.types import (
@@ -10,15 +11,32 @@ from cli.types import (
     folder_name,
     folder_path,
     fraction,
+    model,
     not_negative,
     number,
 )
 from datasets import initial_sets
 from evaluation import EVAL_POOLS
+from kernels import KERNELS
+from networks import NETWORKS
 from objectives import OBJECTIVES
 from reparam_module import UNROLLS
 from run.rules import IMAGE_OPTIMIZERS, LABELS, STEP_SIZE_OPTIMIZERS
 from uses import TASKS
+
+
+def eval_mode(text):
+    """A row of EVAL_POOLS, or names of networks and kernel machines joined by commas."""
+    if text in EVAL_POOLS:
+        return text
+    names = [model(part.strip()) for part in text.split(",")]
+    if unknown := [name for name in names if name not in NETWORKS and name not in KERNELS]:
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]!r} is unknown: choose from {', '.join(EVAL_POOLS)}, or give the names of "
+            "networks, as ConvNet,VGG11"
+        )
+    return ",".join(names)
+
 
 # Defaults of which an objective may have its own.
 OF_OBJECTIVES = {"optimizer_img": "sgd", "labels": "hard", "no_aug": False, "batch_objective": 512}
@@ -201,9 +219,11 @@ def add_output_flags(parser):
     add = parser.topic("evaluation")
     add(
         "--eval_mode",
-        type=choice(EVAL_POOLS),
+        type=eval_mode,
         default="S",
-        help="networks: S: --model; A, R, M, C, T: others; W, D, P, N: ConvNets; K: and NTK",
+        metavar="MODE|NAMES",
+        help="networks: S: --model; A, R, M, C, T: others; W, D, P, N: ConvNets; K: and NTK; or "
+        "names, as ConvNet,VGG11",
     )
     add(
         "--search_alpha",

@@ -5,7 +5,7 @@ from cli.flags import check_split
 from datasets.bands import RGB
 from datasets.coresets import CORESETS
 from datasets.saved_sets import REAL_SETS, is_saved
-from evaluation import EVAL_POOLS
+from evaluation import names_in
 from kernels import KERNELS
 from objectives import OBJECTIVES
 from run.rules import LABELS
@@ -52,7 +52,7 @@ def check_combinations(parser, args):
         parser.error(f"--factor={args.factor} and --evaluate={args.evaluate}: {reason}")
     if args.search_alpha and not args.val_fraction:
         parser.error("--search_alpha needs validation images: give --val_fraction=0.1")
-    if args.texture and any(name in KERNELS for name in EVAL_POOLS[args.eval_mode]):
+    if args.texture and any(name in KERNELS for name in names_in(args.eval_mode)):
         reason = "kernel machines do not take canvases: leave one out"
         parser.error(f"--eval_mode={args.eval_mode} and --texture cannot be combined: {reason}")
     if args.task and TASKS[args.task].needs_validation and not args.val_fraction:

@@ -186,6 +186,8 @@ FLAGS = [  # scripts, flags, what the line must name
     ),
     # evaluation
     (DISTILLATION, "--eval_mode=Z", ["--eval_mode", "Z", "choose from"]),
+    (DISTILLATION, "--eval_mode=ConvNet,VGG", ["'VGG' is unknown", "ConvNet,VGG11"]),
+    (DISTILLATION, "--eval_mode=S,MLP", ["'S' is unknown", "choose from S, A"]),
     (
         DISTILLATION,
         "--dataset=ImageFolder --im_size=48 --eval_mode=A",

@@ -10,6 +10,7 @@ from conftest import load_data
 
 import evaluation
 import utils
+from cli.distillation_flags import eval_mode
 from datasets import coresets
 from datasets.preprocessing import Form, Layout
 from evaluation import EVAL_POOLS, Evaluator, Trainee, make_pool, sets_of, sgd_step
@@ -67,6 +68,11 @@ def test_each_eval_mode_stands_for_its_networks():
         "T": ["ConvNetW32", "ConvNet", "ConvNetD4", "ResNet18", "VGG11", "MLP"],
         "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
     }
+
+
+def test_networks_may_be_named_themselves():
+    mode = eval_mode("VGG11, ResNet,NTK,VGG11")
+    assert list(make_pool(mode, "MLP", Form(10, 32), MACHINE)) == ["VGG11", "ResNet18", "NTK"]
 
 
 def test_on_a_cpu_networks_are_trained_one_after_the_other():
