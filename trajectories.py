@@ -330,6 +330,7 @@ def load_experts(folder, shapes, max_files, max_experts, skip_damaged):
         if any([p.shape for p in snapshot] != shapes for snapshot in expert.trajectory):
             raise ReportedError(
                 f"{folder} holds experts of another architecture, or with parameters in another "
-                "order: use the --model (and --im_size) that made them"
+                "order: use the --model, --im_size and --bands that made them, or another "
+                "--buffer_path"
             )
     return Experts(require_experts(members))

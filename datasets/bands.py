@@ -66,7 +66,7 @@ def chosen_bands(text, known, dataset):
 # GeoTIFFs
 
 # Increment it with every change to what is read from a GeoTIFF, so that older caches do not count.
-READER = 1
+READER = 2
 TYPES = ("uint8", "uint16", "int16", "float32")  # of rasterio, NumPy and PyTorch alike
 
 
@@ -89,7 +89,8 @@ def open_raster(path):
 
 def damaged(path, error):
     """The ReportedError for a file that GDAL cannot read."""
-    return ReportedError(f"{path} cannot be read ({first_line(error)}): replace it")
+    reason = first_line(error.__cause__ or error)  # rasterio's own text points to the cause
+    return ReportedError(f"{path} cannot be read ({reason}): replace it")
 
 
 def count_bands(path):
@@ -144,7 +145,10 @@ def read_rasters(listing, cache, im_size, fill_nodata, count=None):
 def check_form(path, form, im_size, count):
     """Raise ReportedError if files like this one are not read."""
     if count and form.count != count:
-        raise ReportedError(f"{path} has {form.count} bands, not {count}: replace it")
+        raise ReportedError(
+            f"{path} has {form.count} bands, not {count}: replace it, or read such files by "
+            "--dataset=ImageFolder"
+        )
     if form.dtype not in TYPES:
         raise ReportedError(
             f"{path} holds {form.dtype}: save it again as one of {', '.join(TYPES)}"
@@ -188,8 +192,8 @@ def decode_rasters(paths, form, fill_nodata):
     holes = [path for path, count in zip(paths, counts) if count]
     if holes and fill_nodata is None:
         raise ReportedError(
-            f"{sum(counts)} values in {len(holes)} of {len(paths)} GeoTIFFs are NaN or nodata, for "
-            f"example in {holes[0]}: give --fill_nodata=VALUE, or replace the files"
+            f"{sum(counts)} values in {len(holes)} of {len(paths)} GeoTIFFs are NaN, nodata or "
+            f"masked, for example in {holes[0]}: give --fill_nodata=VALUE, or replace the files"
         )
     return images
 
@@ -210,16 +214,26 @@ def read_raster(path, form):
         try:
             pixels = raster.read()
         except Exception as error:  # GDAL raises whatever a damaged file's bytes trigger
-            raise ReportedError(
-                f"{path} cannot be read ({first_line(error)}): replace it"
-            ) from None
-        without_data = np.zeros(pixels.shape, bool)
-        if pixels.dtype.kind == "f":
-            without_data |= ~np.isfinite(pixels)
-        for band, nodata in enumerate(raster.nodatavals):
-            if nodata is not None:
-                without_data[band] |= pixels[band] == nodata
-    return pixels, without_data
+            raise damaged(path, error) from None
+        return pixels, holes_of(raster, pixels)
+
+
+def holes_of(raster, pixels):
+    """Which of the pixels (C, H, W) have no data: NaN, the file's nodata, or masked.
+
+    An alpha band masks nothing here, since it is read as a band.
+    """
+    from rasterio.enums import MaskFlags  # when needed, as in `open_raster`
+
+    holes = np.zeros(pixels.shape, bool)
+    if pixels.dtype.kind == "f":
+        holes |= ~np.isfinite(pixels)
+    for band, (nodata, flags) in enumerate(zip(raster.nodatavals, raster.mask_flag_enums)):
+        if nodata is not None:
+            holes[band] |= pixels[band] == nodata
+        if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
+            holes[band] |= raster.read_masks(band + 1) == 0
+    return holes
 
 
 def write_raster(path, pixels, names):

@@ -150,9 +150,9 @@ def check_whitening(zca, form, selection):
         return
     side = form.channels * form.im_size**2
     raise ReportedError(
-        f"--zca with --bands={selection.bands}: two matrices of {side:,} x {side:,} numbers "
-        f"({4 * side**2 / 1e9:.1f} GB each): leave --zca out, and each band is normalised by its "
-        "mean and deviation"
+        f"--zca with --bands={selection.bands}: whitening is for red, green and blue. Two matrices "
+        f"of {side:,} x {side:,} numbers would take {4 * side**2 / 1e9:.2g} GB each: leave --zca "
+        "out, and each band is normalised by its mean and deviation"
     )
 
 

@@ -18,8 +18,9 @@ from utils import decode
 class DistilledSet(NamedTuple):
     """A set of images, and how real images become alike.
 
-    Real images in [0, 1] are to be normalised by `mean` and `std`. They are None of whitened
-    images, and of a folder of pictures whose run has not ended.
+    Real images are to be normalised by `mean` and `std`: in [0, 1] those of 8 bits, in the numbers
+    of their files those of 16 bits and float32. They are None of whitened images, and of a folder
+    of pictures whose run has not ended.
     """
 
     images: torch.Tensor  # (n, C, S, S), float32, preprocessed; each tile is one, enlarged

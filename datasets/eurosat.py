@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from datasets.bands import SENTINEL_2, read_rasters
+from datasets.bands import ALL, RGB, SENTINEL_2, read_rasters
 from datasets.pictures import Listing, data_digest, read_pictures
 from system import files
 from system.process import ReportedError, progress
@@ -40,6 +40,7 @@ class Edition:
     """A form in which EuroSAT was published."""
 
     title: str
+    bands: str  # --bands that reads it
     kind: str  # of its files
     suffixes: tuple
     folders: tuple  # below --data_path, of which one may have the class folders
@@ -58,6 +59,7 @@ class Edition:
 TIFFS = "holds TIFFs, as EuroSAT-MS with its 13 bands: fetch the RGB archive, or give --bands=all"
 RGB_EDITION = Edition(
     title="RGB",
+    bands=RGB,
     kind="JPEG",
     suffixes=(".jpg", ".jpeg"),
     folders=(".", "2750", "EuroSAT_RGB", "EuroSAT", "EuroSAT/2750", "eurosat/2750"),
@@ -75,6 +77,7 @@ RGB_EDITION = Edition(
 JPEGS = "holds JPEGs, as EuroSAT-RGB: fetch the archive EuroSAT_MS.zip, or give --bands=rgb"
 BANDS_EDITION = Edition(
     title="multispectral",
+    bands=ALL,
     kind="GeoTIFF",
     suffixes=(".tif", ".tiff"),
     folders=(".", "EuroSAT_MS", "EuroSATallBands", LONG_PATH, f"EuroSATallBands/{LONG_PATH}"),
@@ -143,6 +146,9 @@ def find_eurosat(data_path, archive=None, edition=RGB_EDITION):
         f"({CLASS_NAMES[0]}, ...) in {', '.join(edition.folders)} and for "
         f"{' or '.join(edition.archives)}"
     )
+    other = BANDS_EDITION if edition.has_download else RGB_EDITION
+    if class_parent(data_path, other) or find_archive(data_path, other):
+        where += f"; the {other.title} edition is there, for --bands={other.bands}"
     if not edition.has_download:
         raise ReportedError(
             f"{where}. Put {edition.archives[0]} there (2 GB, from zenodo.org/records/7711810)"
@@ -235,7 +241,8 @@ def unpack_eurosat(archive, edition):
                 f"{archive} lacks {edition.kind}s of {len(missing)} of EuroSAT's "
                 f"{len(CLASS_NAMES)} classes "
                 f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): is it the "
-                f"complete {edition.title} archive? Nothing was unpacked"
+                f"complete {edition.title} archive, for --bands={edition.bands}? Nothing was "
+                "unpacked"
             )
         folder = archive.parent / edition.unpacked
         os.replace(unpacked, folder)  # whole or not at all

@@ -27,6 +27,8 @@ def list_files(split):
                 f"--split={split} holds {len(found)} lists called *{TRAIN}.txt: name the one to use"
             )
         split = found[0]
+    if not split.exists():
+        raise ReportedError(f"--split={split} is not there: name a list of files, or its folder")
     head, name, tail = split.name.rpartition(TRAIN)
     if not name:
         raise ReportedError(

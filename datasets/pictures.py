@@ -115,6 +115,8 @@ def decode_pictures(paths, im_size, crop):
         except Exception as error:  # Pillow raises whatever a damaged file's bytes trigger
             losses = []
             fault = f"cannot be decoded ({first_line(error)}): replace it"
+            if paths[index].suffix.lower() in (".tif", ".tiff"):
+                fault += ", or give --bands=all if it is a GeoTIFF"
         return fault, losses
 
     faults, lost = [], {}

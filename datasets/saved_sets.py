@@ -178,6 +178,11 @@ def load_set(what, form, factor, flag):
             raise ReportedError(
                 f"{flag}: {what} has one label for each image: leave out --factor={factor}"
             )
+    if images.dim() == 4 and images.shape[1] != form.channels:
+        raise ReportedError(
+            f"{flag}: the images of {what} have {images.shape[1]} bands, not {form.channels}: use "
+            "the --bands that they were made with"
+        )
     if not (fits and is_label_set(labels, count, form)):
         size, last = form.im_size, form.num_classes - 1
         raise ReportedError(

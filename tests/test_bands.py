@@ -156,7 +156,7 @@ def test_damaged_files_palettes_and_other_types_are_refused_by_name(folder):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"II*\0", b"no TIFF"):
         path.write_bytes(content)
-        with pytest.raises(ReportedError, match=r"field_12.tif cannot be read"):
+        with pytest.raises(ReportedError, match=r"field_12.tif cannot be read \((?!Read failed)"):
             read(folder)
     path.unlink()
     for path in folder.rglob("*.tif"):
@@ -185,13 +185,33 @@ def test_pixels_without_data_are_refused_with_their_count_or_filled(tmp_path, dt
             pixels[1, 0, :3] = hole if index == 2 else pixels[1, 0, :3]
             options = {} if dtype == "float32" else {"nodata": hole}
             write(tmp_path / name / f"{index}.tif", pixels, **options)
-    with pytest.raises(ReportedError, match=r"6 values in 2 of 12 .* NaN or nodata.*2\.tif"):
+    with pytest.raises(ReportedError, match=r"6 values in 2 of 12 .* NaN, nodata .*2\.tif"):
         read(tmp_path)
     images = read(tmp_path, fill_nodata=7.0).images
     assert (images[2, 1, 0, :3] == 7).all() and images.isfinite().all()
     if dtype == "int16":
         with pytest.raises(ReportedError, match="hold int16, whole numbers from -32768 to 32767"):
             read(tmp_path, fill_nodata=0.5)
+
+
+def test_pixels_that_a_mask_hides_have_no_data(folder):
+    path = folder / "lake" / "lake_3.tif"
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), bands.quiet():
+        with rasterio.open(path, "r+") as file:
+            mask = np.full((SIDE, SIDE), 255, np.uint8)
+            mask[2:4] = 0
+            file.write_mask(mask)
+    with pytest.raises(ReportedError, match=r"64 values in 1 of 24 .* masked.*lake_3\.tif"):
+        read(folder)
+    raw = read(folder, fill_nodata=7.0)
+    image = raw.images[raw.names.index("lake/lake_3.tif")]
+    assert (image[:, 2:4] == 7).all() and (image[1:, 4:] != 7).all()
+
+
+def test_an_alpha_band_is_a_band_and_hides_nothing(folder):
+    for path in folder.rglob("*.tif"):
+        write(path, pixels_of(1, dtype="uint8") * 0, photometric="rgb", alpha="yes")
+    assert read(folder).images.shape == (24, 4, SIDE, SIDE)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,7 +263,7 @@ def test_a_file_that_lacks_a_band_is_refused(archive):
         load_eurosat(archive.parent)
     for path in (archive.parent / "EuroSAT_MS").rglob("*.tif"):
         write(path, pixels_of(0, 12))  # as Level-2A, which has no B10
-    with pytest.raises(ReportedError, match="has 12 bands, not 13"):
+    with pytest.raises(ReportedError, match=r"has 12 bands, not 13: .*--dataset=ImageFolder"):
         load_eurosat(archive.parent)
 
 
@@ -252,6 +272,22 @@ def test_jpegs_and_missing_data_are_refused_with_the_archives_name(tiny_folder, 
         load_eurosat(tiny_folder)
     with pytest.raises(ReportedError, match=r"Put EuroSAT_MS.zip there"):
         load_eurosat(tmp_path)
+
+
+def test_another_edition_is_named_with_the_flag_that_reads_it(tmp_path, archive, monkeypatch):
+    def fail(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(eurosat, "download_eurosat", fail)
+    with pytest.raises(ReportedError, match="multispectral edition is there, for --bands=all"):
+        eurosat.load_eurosat(archive.parent)
+    with pytest.raises(ReportedError, match="complete RGB archive, for --bands=rgb"):
+        eurosat.load_eurosat(archive)
+
+
+def test_pictures_that_are_geotiffs_are_named_with_the_flag_that_reads_them(folder):
+    with pytest.raises(ReportedError, match="give --bands=all if it is a GeoTIFF"):
+        read(folder, "rgb")
 
 
 def test_bands_have_the_order_of_eurosats_files():
@@ -329,6 +365,13 @@ def test_experts_and_sets_of_other_bands_are_refused(run_here, four_bands, scene
         done = run_here("distillation.py", *flags, "--expert_epochs=1", *more, cwd=four_bands)
         assert done.returncode == 2 and "other settings" in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+    flags[flags.index("--bands=4,3,2,1")] = "--bands=1,2"
+    for more, message in (
+        ((), "--bands that made them"),
+        ((f"--evaluate={folder}",), "have 4 bands, not 2: use the --bands"),
+    ):
+        done = run_here("distillation.py", *flags, "--expert_epochs=1", *more, cwd=four_bands)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -339,7 +382,8 @@ def test_experts_and_sets_of_other_bands_are_refused(run_here, four_bands, scene
         (["--bands=all,2"], "'all' stands for all of its bands: give it alone"),
         (["--bands=B04,B10,B20", "--dataset=EuroSAT"], "EuroSAT has no band B20"),
         (["--bands=all", "--dataset=CIFAR10"], "CIFAR10 has no other bands than rgb"),
-        (["--bands=all", "--zca"], "two matrices of 256 x 256 numbers"),
+        (["--bands=all", "--zca"], "Two matrices of 256 x 256 numbers"),
+        (["--bands=all", "--show_bands=1,2,9"], "name three of the bands in use, 1, 2, 3, 4"),
         (["--fill_nodata=0"], "--fill_nodata=0 is for GeoTIFFs: give --bands=all"),
         (["--show_bands=1,2,3"], "pictures show all three bands of --bands=rgb"),
     ],
@@ -389,6 +433,8 @@ def test_toysat_draws_the_same_visible_bands_with_and_without_infrared():
     near, short = drawn[:, 3:].mean((2, 3)).reshape(10, 2, 2).mean(1).T
     forest, water = CLASS_NAMES.index("Forest"), CLASS_NAMES.index("SeaLake")
     assert near[forest] > 3 * near[water] and short.argmin() == water
+    short = toysat.BANDS.index("B11")
+    assert toysat.SOIL[short].min() > max(toysat.GREEN[short].max(), toysat.WATER[short].max())
 
 
 def validation_accuracies(run_here, cwd, names):

@@ -84,6 +84,9 @@ def test_missing_lists_and_data_without_files_are_refused(tiny_folder, splits):
         read(tiny_folder, splits)
     with pytest.raises(ReportedError, match=r"eurosat-spatial-val.txt cannot be read"):
         read(tiny_folder, splits / "eurosat-spatial-train.txt")
+    with pytest.raises(ReportedError, match="nowhere is not there"):
+        read(tiny_folder, splits / "nowhere")
+    (splits / "all.txt").touch()
     with pytest.raises(ReportedError, match="is not called after training images"):
         read(tiny_folder, splits / "all.txt")
     raw = replace(read(tiny_folder, None), names=())
