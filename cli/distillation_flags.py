@@ -222,7 +222,8 @@ def add_output_flags(parser):
         type=eval_mode,
         default="S",
         metavar="MODE|NAMES",
-        help="networks: S: --model; A, R, M, C, T: others; W, D, P, N: ConvNets; K: and NTK; or names",
+        help="networks: S: --model; A, R, M, C, T: others; W, D, P, N: ConvNets; K: and NTK; "
+        "or names",
     )
     add(
         "--search_alpha",
