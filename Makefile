@@ -1,5 +1,5 @@
 # make quickstart   both scripts on ToySAT, the drawn stand-in for EuroSAT: 2 minutes on 2 cores
-# make test         style and tests, on all cores up to four: 6 minutes on 2
+# make test         style and tests, on all cores up to four: 6 to 8 minutes on 2
 # make soak         what takes too long for every change: real kills, full-size engines and whitening
 # make bench        time and memory of the engine; PEER=DIR: beside MTT's own loop, from a checkout
 # make gpu-check    for a machine with CUDA: results, resumption and speed on its GPU
