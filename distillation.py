@@ -135,8 +135,9 @@ def load_inputs(args):
     check_factor(args.factor, form)
     OBJECTIVES[args.objective].check_ranks(args, form, place.ranks.size)
     batch_syn_of(args, form)
-    if names := by_name.bands_of(args.dataset, args.data_path, selection):
-        report.shown_bands(names, args.show_bands)
+    bands = by_name.bands_of(args.dataset, args.data_path, selection)
+    if bands:
+        report.shown_bands(bands, args.show_bands)
     student = evaluation.make_student(args.model, form, place.amp, place.device)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
 

@@ -30,7 +30,8 @@ def eval_mode(text):
     if text in EVAL_POOLS:
         return text
     names = [model(part.strip()) for part in text.split(",")]
-    if unknown := [name for name in names if name not in NETWORKS and name not in KERNELS]:
+    unknown = [name for name in names if name not in NETWORKS and name not in KERNELS]
+    if unknown:
         raise argparse.ArgumentTypeError(
             f"{unknown[0]!r} is unknown: choose from {', '.join(EVAL_POOLS)}, or give the names of "
             "networks, as ConvNet,VGG11"

@@ -213,9 +213,9 @@ def read_raster(path, form):
             )
         try:
             pixels = raster.read()
+            return pixels, holes_of(raster, pixels)
         except Exception as error:  # GDAL raises whatever a damaged file's bytes trigger
             raise damaged(path, error) from None
-        return pixels, holes_of(raster, pixels)
 
 
 def holes_of(raster, pixels):
