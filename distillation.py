@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import evaluate_set
 import evaluation
+import training
 import trajectories
 import utils
 from cli import distillation_flags, exclusions, flags
@@ -138,7 +139,7 @@ def load_inputs(args):
     bands = by_name.bands_of(args.dataset, args.data_path, selection)
     if bands:
         report.shown_bands(bands, args.show_bands)
-    student = evaluation.make_student(args.model, form, place.amp, place.device)
+    student = training.make_student(args.model, form, place.amp, place.device)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
 
     # Seconds: files are memory-mapped, and only segments that can be drawn are read.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 import evaluation
+import training
 import trajectories
 import utils
 from cli.flags import selection_of
@@ -38,7 +39,7 @@ def real_set(args, data, place):
     """
     what, soft = args.evaluate, LABELS[args.labels].soft
     if what in CORESETS or soft:
-        student = evaluation.make_student(args.model, data.form, place.amp, data.device)
+        student = training.make_student(args.model, data.form, place.amp, data.device)
         experts = matching_experts(args, data, student)
     if what == "full":
         images, labels = data.train
@@ -199,7 +200,7 @@ def study_of(args, saved, evaluator, place):
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     experts = Experts([])
     if task.takes_experts and trajectories.expert_files(folder):
-        student = evaluation.make_student(args.model, evaluator.data.form, place.amp, place.device)
+        student = training.make_student(args.model, evaluator.data.form, place.amp, place.device)
         experts = matching_experts(args, evaluator.data, student)
     images, labels = saved.images.to(place.device), saved.labels.to(place.device)
     searches_alpha = args.search_alpha or not task.own_alpha

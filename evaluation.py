@@ -7,14 +7,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch.func import grad
-from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
+import training
 import utils
 from datasets.preprocessing import Data, random_real
 from kernels import KERNELS, ROWS, centred_targets, fit
-from reparam_module import ReparamModule
 from run.scores import Tested, scores_of, selection_rank
 from system import process, threads
 from system.compilation import Compiler
@@ -54,9 +52,10 @@ def make_pool(mode, model, form, machine):
     """
     names = dict.fromkeys(model if name == "model" else name for name in names_in(mode))
     try:
-        return {
-            name: None if name in KERNELS else make_sgd_step(name, form, machine) for name in names
+        steps = {
+            name: training.make_sgd_step(name, form, machine) for name in names - KERNELS.keys()
         }
+        return {name: steps.get(name) for name in names}
     except ReportedError as error:
         raise ReportedError(f"--eval_mode={mode}: {error}") from None
 
@@ -73,7 +72,7 @@ class Trainee(NamedTuple):
 
 
 def tested_on(data, accuracy):
-    """`Tested` by a function that returns a `utils.Accuracy` on images and labels."""
+    """`Tested` by a function that returns a `training.Accuracy` on images and labels."""
     test = accuracy(*data.test)
     if not len(data.val[1]):
         return Tested(None, test.mean, test.classes, test.is_finite)
@@ -138,7 +137,7 @@ class Evaluator:
 
         def accuracy(real, labels):
             parts = [kernel(part.flatten(1), x) @ coefficients for part in real.split(ROWS)]
-            return utils.accuracy_of(torch.cat(parts), labels)
+            return training.accuracy_of(torch.cat(parts), labels)
 
         return tested_on(self.data, accuracy)
 
@@ -214,7 +213,7 @@ class Evaluator:
         """Test a trained network: `Tested`. One that diverged counts as guessing."""
 
         def accuracy(images, labels):
-            return utils.accuracy(network, forward, images, labels, self.batch_real)
+            return training.accuracy(network, forward, images, labels, self.batch_real)
 
         return tested_on(self.data, accuracy)
 
@@ -225,13 +224,13 @@ class Evaluator:
         `epochs // 2 + 1`, a tenth of the learning rate and a fresh optimiser. Yields after each
         epoch.
         """
-        optimizer = fresh_sgd(trainee.network, syn_lr)
+        optimizer = training.fresh_sgd(trainee.network, syn_lr)
         for epoch in range(self.epochs + 1):
             stop.check()
             batches = self.draw_epoch(train[1], trainee.random)
-            utils.train_epoch(trainee.forward, optimizer, train, self.augment, batches)
+            training.train_epoch(trainee.forward, optimizer, train, self.augment, batches)
             if epoch == self.epochs // 2 + 1:
-                optimizer = fresh_sgd(trainee.network, syn_lr * 0.1)
+                optimizer = training.fresh_sgd(trainee.network, syn_lr * 0.1)
             self.log_epoch(epoch)
             yield
 
@@ -257,7 +256,7 @@ class Evaluator:
                 momenta = torch.zeros_like(momenta)
             self.log_epoch(epoch)
         for trainee, theta in zip(trainees, thetas):
-            load_vector(trainee.network, theta)
+            training.load_vector(trainee.network, theta)
 
     def log_epoch(self, epoch):
         """Once a minute, log how far networks are, where there is no bar."""
@@ -309,68 +308,6 @@ def then_test(training, trainee, test, results):
     """Exhaust a `training`, then put what `test` returns of its network into `results`."""
     yield from training
     results[trainee] = test(trainee.network, trainee.forward)
-
-
-def fresh_sgd(network, rate):
-    return torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
-
-
-def make_student(model, form, amp, device):
-    """A network called `model` as a function of its parameters.
-
-    Raises ReportedError if that is impossible.
-    """
-    network = utils.initial_network(model, form, utils.make_generator(0), device)
-    try:
-        return ReparamModule(network, amp)
-    except ValueError as error:
-        raise ReportedError(f"--model={model}: {error}") from None
-
-
-def make_sgd_step(model, form, machine):
-    """`sgd_step` for networks called `model`; None if they are trained one after the other.
-
-    That is the case on a CPU, where threads are faster, and with batch statistics, which are not
-    part of the parameters.
-    """
-    network = utils.initial_network(model, form, utils.make_generator(0), machine.device)
-    if machine.device.type != "cuda" or any(True for _ in network.buffers()):
-        return None
-    step = partial(sgd_step, ReparamModule(network, machine.amp))
-    return machine.compiler.retrying(machine.compiler.function(step))
-
-
-def sgd_step(module, thetas, momenta, x, y, rate):
-    """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks in one graph.
-
-    thetas, momenta  parameters of ReparamModule `module`, and their momenta, (K, P)
-    x, y, rate       images (K, B, C, H, W), labels (K, B) or (K, B, classes), learning rate ()
-
-    Returns the new parameters and momenta.
-    """
-
-    def loss(theta, x, y):
-        return F.cross_entropy(module(x, theta), y)
-
-    # One after the other: `vmap` would turn their convolutions into grouped ones, for which
-    # libraries have few fast algorithms. In a CUDA graph, many small kernels cost little to launch.
-    gradients = [grad(loss)(*tensors) for tensors in zip(thetas, x, y)]
-    momenta = 0.9 * momenta + torch.stack(gradients) + 5e-4 * thetas
-    return thetas - rate * momenta, momenta
-
-
-@torch.no_grad()
-def load_vector(network, theta):
-    """Copy a vector (P,) into a network's parameters.
-
-    `vector_to_parameters` would make them views of it. Views of a row of (K, P) begin at any
-    multiple of 4 bytes. The network's compiled forward reads 16 bytes at once, as it may from a
-    parameter's own storage, and does not check. On a GPU, the process would die of a misaligned
-    address.
-    """
-    parameters = list(network.parameters())
-    for parameter, part in zip(parameters, theta.split([p.numel() for p in parameters])):
-        parameter.copy_(part.view(parameter.shape))
 
 
 def warn_of_diverged(name, diverged, count, syn_lr):

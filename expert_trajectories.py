@@ -19,6 +19,7 @@ from contextlib import contextmanager
 
 import torch
 
+import training
 import trajectories
 import utils
 from cli.flags import add_shared_flags, check_split, selection_of, wandb_options
@@ -93,8 +94,8 @@ def train_expert(args, data, compiler, seed, dashboard):
         bar = process.progress(batches, desc=name, unit="batches")
         bar = process.with_lines(bar, line_due, f"{name}: batch")
         # Loss and accuracy are those on the augmented images, as seen in training.
-        loss, accuracy = utils.train_epoch(forward, optimizer, data.train, augment, bar)
-        test_accuracy = utils.accuracy(network, forward, *data.test, args.batch_train).mean
+        loss, accuracy = training.train_epoch(forward, optimizer, data.train, augment, bar)
+        test_accuracy = training.accuracy(network, forward, *data.test, args.batch_train).mean
 
         trajectory.append(snapshot(network))
         # Otherwise a student would match NaN for hours.

@@ -1,4 +1,4 @@
-"""Seeds, augmentation, batches, training and testing, for both scripts."""
+"""Seeds, augmentation and batches, for both scripts."""
 
 import hashlib
 import math
@@ -342,66 +342,3 @@ def send(tensors, device):
     parts = packed.to(device, non_blocking=True).split([tensors[i].nbytes for i in order])
     sent = dict(zip(order, parts))
     return [sent[i].view(t.dtype).view(t.shape) for i, t in enumerate(tensors)]
-
-
-# --------------------------------------------------------------------------------------------------
-# Training and testing a network
-
-
-def train_epoch(forward, optimizer, train, augment, batches):
-    """Train on drawn batches of `train`, images (N, C, H, W) and labels, one step each.
-
-    Labels are classes (N,), or probabilities (N, classes), whose most likely class counts as
-    correct. Returns their mean loss and accuracy as scalars on the images' device. Reading them
-    waits for it.
-    """
-    images, labels = train
-    loss_sum, hits = torch.zeros(2, device=images.device)
-    seen = 0
-    for batch in batches:
-        x, y = augment(images, batch, labels)
-        logits = forward(x)
-        loss = F.cross_entropy(logits, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.detach() * len(y)
-        classes = y if y.dim() == 1 else y.argmax(1)
-        hits += (logits.detach().argmax(1) == classes).sum()
-        seen += len(y)
-    return loss_sum / seen, hits / seen
-
-
-class Accuracy(NamedTuple):
-    """The accuracy of a network on a set of images."""
-
-    mean: float  # fraction classified correctly
-    classes: list  # the same of each class
-    is_finite: bool  # whether all logits are
-
-
-@torch.no_grad()
-def accuracy(network, forward, images, labels, batch_size):
-    """The `Accuracy` of a network on `images` (N, C, H, W), in batches."""
-    network.eval()
-    logits = []
-    for x in images.split(batch_size):
-        missing = batch_size - len(x)
-        padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))  # one shape, so one compiled graph
-        logits.append(forward(padded)[: len(x)])
-    network.train()
-    return accuracy_of(torch.cat(logits), labels)
-
-
-def accuracy_of(logits, labels):
-    """The `Accuracy` of logits (N, classes) on images with these labels (N,).
-
-    NaN has no largest entry, so a network that diverged would always say class 0. It has the
-    accuracy of guessing instead, 1 / classes.
-    """
-    classes = logits.shape[1]
-    if not logits.isfinite().all():
-        return Accuracy(1 / classes, [1 / classes] * classes, False)
-    hits = (logits.argmax(1) == labels).double()
-    of_classes = labels.bincount(weights=hits) / labels.bincount()
-    return Accuracy(hits.mean().item(), of_classes.tolist(), True)

@@ -234,7 +234,12 @@ def add_output_flags(parser):
     )
     add("--num_eval", type=count, default=5, metavar="N", help="fresh networks per evaluation")
     add("--eval_it", type=count, default=100, help="iterations between evaluations")
-    add("--epoch_eval_train", type=count, default=1000, help="epochs per network; with --evaluate=full 50")
+    add(
+        "--epoch_eval_train",
+        type=count,
+        default=1000,
+        help="epochs per network; 50 for --evaluate=full",
+    )
     add("--batch_real", type=count, default=256, help="batch size for testing")
     add(
         "--evaluate",

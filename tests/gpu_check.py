@@ -28,6 +28,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluation  # found through the line above
+import training
 import utils
 from datasets import by_name
 from datasets.preprocessing import Form, Layout, random_real
@@ -258,7 +259,7 @@ def together(setup, form, compiler):
     if setup.device.type == "cuda":
         return pool
     network = utils.initial_network(setup.model, form, utils.make_generator(0), setup.device)
-    return {setup.model: partial(evaluation.sgd_step, ReparamModule(network))}
+    return {setup.model: partial(training.sgd_step, ReparamModule(network))}
 
 
 # --------------------------------------------------------------------------------------------------

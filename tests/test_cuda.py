@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import evaluation
 import reparam_module
+import training
 import utils
 from datasets.preprocessing import Data, Form
 from evaluation import Evaluator
@@ -261,7 +262,7 @@ def test_an_epoch_of_an_expert_does_not_wait(waits):
     batches = utils.draw_batches(len(train[1]), 4, None, augment, random)
     batches = utils.to_device(batches, CUDA)
     forward = Compiler(compile=False)(network)
-    loss, hits = utils.train_epoch(forward, optimizer, train, augment, batches)
+    loss, hits = training.train_epoch(forward, optimizer, train, augment, batches)
     assert not waits
     assert is_cuda(loss) and is_cuda(hits)
     assert all(is_cuda(p.grad) for p in network.parameters())

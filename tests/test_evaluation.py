@@ -9,11 +9,12 @@ import torch
 from conftest import load_data
 
 import evaluation
+import training
 import utils
 from cli.distillation_flags import eval_mode
 from datasets import coresets
 from datasets.preprocessing import Form, Layout
-from evaluation import EVAL_POOLS, Evaluator, Trainee, make_pool, sets_of, sgd_step
+from evaluation import EVAL_POOLS, Evaluator, Trainee, make_pool, sets_of
 from networks import ConvNet
 from reparam_module import ReparamModule
 from run.scores import Evaluations, Scores, from_json, to_json
@@ -159,7 +160,7 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other(eval
     for network, x, k in zip(alone, images, range(3)):
         trainee = Trainee(network, network, seeded(k))
         list(evaluator.evaluate_synset(trainee, (x, labels), 0.02))
-    step = partial(sgd_step, ReparamModule(together[0]))
+    step = partial(training.sgd_step, ReparamModule(together[0]))
     trainees = [Trainee(network, None, seeded(k)) for k, network in enumerate(together)]
     evaluator.train_together(step, trainees, sets_of(images, labels.expand(3, 7), 3), 0.02)
     for networks in zip(alone, together, initial):
@@ -214,7 +215,7 @@ def test_networks_trained_together_keep_parameters_aligned_to_16_bytes(evaluator
     networks = [ConvNet(3, 10, 16, width=4, depth=1) for _ in range(3)]
     # Not a multiple of four, so that rows of (K, P) are not aligned.
     assert sum(p.numel() for p in networks[0].parameters()) % 4
-    step = partial(sgd_step, ReparamModule(networks[0]))
+    step = partial(training.sgd_step, ReparamModule(networks[0]))
     trainees = [Trainee(network, None, seeded(k)) for k, network in enumerate(networks)]
     sets = sets_of(torch.randn(4, 3, 16, 16), torch.arange(4), 3)
     evaluator.train_together(step, trainees, sets, 0.01)
@@ -229,7 +230,7 @@ def test_a_pool_with_a_step_trains_its_networks_together(evaluator, data):
 
     def step(*tensors):
         calls.append([tuple(tensor.shape) for tensor in tensors])
-        return sgd_step(ReparamModule(network), *tensors)
+        return training.sgd_step(ReparamModule(network), *tensors)
 
     evaluator.pool[MODEL] = step
     images, labels = data.train
@@ -251,12 +252,12 @@ def test_a_step_that_fails_compiled_is_taken_again_without(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(FAILURES, "seen", False)
     machine = Machine(torch.device("cuda"), ALONE, Compiler())
-    step = evaluation.make_sgd_step(MODEL, Form(10, 16), machine)
+    step = training.make_sgd_step(MODEL, Form(10, 16), machine)
     theta = torch.cat([p.detach().flatten() for p in network.parameters()])[None]
     inputs = theta, 0 * theta, torch.randn(1, 4, 3, 16, 16), torch.zeros(1, 4).long(), 0.01
     with pytest.warns(UserWarning, match="failed, continuing without it: Triton failed"):
         computed = step(*inputs)
-    torch.testing.assert_close(computed, sgd_step(ReparamModule(network), *inputs))
+    torch.testing.assert_close(computed, training.sgd_step(ReparamModule(network), *inputs))
 
 
 # --------------------------------------------------------------------------------------------------

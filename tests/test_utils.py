@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import training
 import utils
 from datasets.preprocessing import Form
 from system import process
@@ -58,7 +59,7 @@ def test_an_epoch_gives_the_mean_loss_and_accuracy_of_its_images(linear):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     augment = Augment(4)
     batches = utils.draw_batches(20, 6, None, augment, seeded(0))  # the last one has 2 images
-    loss, accuracy = utils.train_epoch(network, optimizer, train, augment, batches)
+    loss, accuracy = training.train_epoch(network, optimizer, train, augment, batches)
     assert loss.item() == pytest.approx(nn.functional.cross_entropy(network(images), labels).item())
     assert accuracy.item() == pytest.approx((network(images).argmax(1) == labels).float().mean())
 
@@ -70,7 +71,7 @@ def test_epochs_train_a_network(linear):
     losses = []
     for epoch in range(20):
         batches = utils.draw_batches(20, 6, None, augment, seeded(epoch))
-        loss, accuracy = utils.train_epoch(network, optimizer, train, augment, batches)
+        loss, accuracy = training.train_epoch(network, optimizer, train, augment, batches)
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 5 and accuracy == 1
 
@@ -85,7 +86,7 @@ def test_accuracy_is_the_same_in_batches_of_any_size(linear, batch_size):
         shapes.add(tuple(x.shape))
         return network(x)
 
-    total, of_classes, is_finite = utils.accuracy(network, forward, images, labels, batch_size)
+    total, of_classes, is_finite = training.accuracy(network, forward, images, labels, batch_size)
     assert is_finite
     hits = network(images).argmax(1) == labels
     assert total == pytest.approx(hits.float().mean().item())
@@ -98,10 +99,10 @@ def test_accuracy_is_the_same_in_batches_of_any_size(linear, batch_size):
 def test_a_network_that_diverged_counts_as_guessing(linear):
     network, *test = linear
     test = [*test, 20]  # the batch size
-    guessing = utils.Accuracy(1 / 10, [1 / 10] * 10, is_finite=False)
+    guessing = training.Accuracy(1 / 10, [1 / 10] * 10, is_finite=False)
     for value in (torch.nan, torch.inf):
         bad = torch.tensor([value] + [0.0] * 9)
-        assert utils.accuracy(network, lambda x, b=bad: b.repeat(len(x), 1), *test) == guessing
+        assert training.accuracy(network, lambda x, b=bad: b.repeat(len(x), 1), *test) == guessing
 
 
 def test_the_time_left_follows_the_pace_since_the_first_call(monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import evaluation
+import training
 import utils
 from run.scores import spread
 from system import process
@@ -76,7 +77,7 @@ def of_classes(training_set, seen, study):
         labels = renumbered(labels, seen)
     data = data_of_classes(study.data, seen)
     (name,) = part.evaluator.pool
-    pool = {name: evaluation.make_sgd_step(name, data.form, study.place)}
+    pool = {name: training.make_sgd_step(name, data.form, study.place)}
     return replace(part, labels=labels, evaluator=replace(part.evaluator, data=data, pool=pool))
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 import evaluation
+import training
 import utils
 from datasets.coresets import CORESETS, coreset
 from datasets.preprocessing import Layout
@@ -91,7 +92,7 @@ class Study:
     def student(self):
         """The network of the experts, as a function of its parameters."""
         place = self.place
-        return evaluation.make_student(self.model, self.data.form, place.amp, place.device)
+        return training.make_student(self.model, self.data.form, place.amp, place.device)
 
     @property
     def key(self):

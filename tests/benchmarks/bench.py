@@ -49,6 +49,7 @@ import plain_loops
 
 import distillation
 import evaluation
+import training
 import trajectories
 import utils
 from cli import distillation_flags
@@ -260,7 +261,7 @@ def measure_experts(device, model, precision, compile, repeat):
     def epoch():
         batches = utils.draw_batches(count, 128, None, AUGMENT, random)
         batches = utils.to_device(batches, device)
-        utils.train_epoch(forward, optimizer, (images, labels), AUGMENT, batches)
+        training.train_epoch(forward, optimizer, (images, labels), AUGMENT, batches)
 
     _, *others = seconds_of(epoch, device, repeat + 1)
     return {"images per second": count / statistics.median(others)}

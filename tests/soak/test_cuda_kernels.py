@@ -28,8 +28,8 @@ from torch._inductor.utils import BoxedBool, get_first_incompatible_cudagraph_no
 from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-import evaluation
 import reparam_module
+import training
 import utils
 from datasets.preprocessing import Form
 from reparam_module import AdjointUnroll, ReparamModule
@@ -312,7 +312,7 @@ def test_a_step_of_evaluation_has_few_kernels_and_fits_a_cuda_graph(gpu):
     thetas = torch.zeros(NETWORKS, student.num_params)
     x = torch.zeros(NETWORKS, CLASSES, 3, SIDE, SIDE)
     y = torch.arange(CLASSES).repeat(NETWORKS, 1)
-    step = partial(evaluation.sgd_step, student)
+    step = partial(training.sgd_step, student)
     counts = kernels(gpu, step, thetas, thetas, x, y, torch.tensor(0.01))
     # Three layers forward, and backward.
     assert counts["convolution"] == counts["convolution_backward"] == 3 * NETWORKS

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import history
 
+import training
 import utils
 from datasets import by_name, eurosat
 from datasets.preprocessing import Form
@@ -105,8 +106,8 @@ def test_on_toysat_a_linear_classifier_does_clearly_worse_than_the_convnet(tmp_p
         accuracies = []
         for _ in range(epochs):
             batches = utils.draw_batches(len(data.train[1]), 32, None, augment, generator)
-            utils.train_epoch(network, optimizer, data.train, augment, batches)
-            accuracies.append(utils.accuracy(network, network, *data.test, 300).mean)
+            training.train_epoch(network, optimizer, data.train, augment, batches)
+            accuracies.append(training.accuracy(network, network, *data.test, 300).mean)
         return max(accuracies)
 
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 10))
