@@ -188,19 +188,25 @@ def read_dataset(name, data_path, im_size, val_fraction, zca, selection=Selectio
     settings = {"dataset": name, "digest": read.digest, "val_fraction": val_fraction, "zca": zca}
     if source.scales:
         settings["im_size"] = form.im_size
-    if names:
-        mean, std = channel_statistics(read.images, split.train)
-        mean, std = ([float(f"{value:.7g}") for value in part] for part in (mean, std))
-        unit = unit_of(read.images)
-        settings |= {"bands": list(names), "unit": unit, "mean": mean, "std": std}
-    elif zca:
-        settings["zca_eps"] = ZCA_EPS
-    else:
-        mean, std = source.statistics or channel_statistics(read.images, split.train)
-        mean, std = ([round(value, 6) for value in part] for part in (mean, std))
-        settings |= {"mean": mean, "std": std}
+    settings |= pixel_settings(source, read.images, split.train, names, zca)
     folder = data_path.parent if data_path.is_file() else data_path  # an archive's
     return Raw(read.images, read.labels, split, read.classes, settings, folder, read.names)
+
+
+def pixel_settings(source, images, train, names, zca):
+    """The settings by which pixels are preprocessed: statistics of the training images, or ZCA's.
+
+    `train` are the training images' indices, and `names` their bands, None for red, green and blue.
+    """
+    if names:
+        mean, std = channel_statistics(images, train)
+        mean, std = ([float(f"{value:.7g}") for value in part] for part in (mean, std))
+        return {"bands": list(names), "unit": unit_of(images), "mean": mean, "std": std}
+    if zca:
+        return {"zca_eps": ZCA_EPS}
+    mean, std = source.statistics or channel_statistics(images, train)
+    mean, std = ([round(value, 6) for value in part] for part in (mean, std))
+    return {"mean": mean, "std": std}
 
 
 def digest_of(digest, split):
