@@ -18,7 +18,7 @@ from datasets.distilled import load_distilled
 from datasets.eurosat import CLASS_NAMES
 from run import report
 from run.scores import spread
-from uses import membership, size
+from uses import membership, size, study
 
 SCRIPT = "distillation.py"
 MODEL = "ConvNetD1"
@@ -251,3 +251,45 @@ def test_tiles_are_loaded_as_images_with_a_label_each():
 def test_a_set_without_a_run_is_refused_in_python(soft_set):
     with pytest.raises(evaluation.ReportedError, match=r"no run\.json.*torch\.load"):
         load_distilled(soft_set)
+
+
+def test_real_images_have_the_classes_of_the_set_in_its_order():
+    assert study.alike(torch.tensor([0, 0, 1, 2, 2])).tolist() == [0, 1, 2, 4, 5]
+    classes = torch.tensor([2, 0, 1, 2, 0, 2])
+    chosen = study.alike(classes)
+    assert torch.arange(3).repeat_interleave(3)[chosen].tolist() == classes.tolist()
+    assert len(set(chosen.tolist())) == len(classes)
+
+
+@pytest.fixture
+def shuffled_set(real_run, tmp_path):
+    """Another tool's file, with an image of each class, the last class first."""
+    path = tmp_path / "shuffled.pt"
+    images = torch.load(real_run / "images_best.pt").flip(0)
+    torch.save({"image_tensor": images, "hard_labels": torch.arange(10).flip(0)}, path)
+    return path
+
+
+def test_incremental_takes_a_set_in_any_order(shuffled_set, use):
+    _, content = use("incremental", shuffled_set, "--lr_teacher=0.02")
+    assert [len(row["steps"]) for row in content["rows"]] == [5, 5, 5]
+
+
+def test_incremental_names_the_classes_that_a_set_lacks(
+    run_here, data_flags, shuffled_set, tmp_path
+):
+    content = torch.load(shuffled_set)
+    few = tmp_path / "few.pt"
+    torch.save({name: part[2:] for name, part in content.items()}, few)
+    flags = [f"--evaluate={few}", "--task=incremental", "--lr_teacher=0.02"]
+    done = run_here(SCRIPT, *data_flags, *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no image of " + ", ".join(CLASS_NAMES[-2:]) in done.stderr
+
+
+def test_transfer_has_kernel_machines_without_a_step_size(real_run, use):
+    table, content = use("transfer", real_run, "--eval_mode=NTK")
+    assert [row["syn_lr"] for row in content["rows"]] == [None, None]
+    assert "α –" in table
+    _, content = use("transfer", real_run, "--eval_mode=K")
+    assert {row["network"] for row in content["rows"]} == {MODEL, "NTK"}

@@ -14,6 +14,7 @@ import training
 import utils
 from run.scores import spread
 from system import process
+from system.process import ReportedError
 from uses.study import Outcome, herding_images, new_figure, random_images
 
 CLASSES_PER_STEP = 2
@@ -36,6 +37,13 @@ class Curve:
 def learn_in_steps(study):
     """Train networks on the classes so far: distilled images, and real ones in their memory."""
     num_classes = len(study.data.classes)
+    counts = study.classes.bincount(minlength=num_classes).tolist()
+    missing = [name for name, count in zip(study.data.classes, counts) if not count]
+    if missing:
+        raise ReportedError(
+            f"--task=incremental: the set has no image of {', '.join(missing)}: choose one with an "
+            "image of each class"
+        )
     order = torch.randperm(num_classes, generator=utils.make_generator("classes", study.seed))
     sizes = [*range(CLASSES_PER_STEP, num_classes, CLASSES_PER_STEP), num_classes]
     steps = [order[:size] for size in sizes]

@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 import evaluation
 import training
@@ -115,11 +116,10 @@ class Outcome(NamedTuple):
 def random_images(study):
     """A `TrainingSet` of random real images for each network."""
     evaluator = evaluation.of_real_images(study.distilled.evaluator)
-    counts = study.classes.bincount(minlength=len(study.data.classes))
-    layout = Layout(int(counts.max()), evaluator.augment.factor)
+    layout = Layout(most_of_a_class(study.classes), evaluator.augment.factor)
     real = evaluation.random_real_sets(study.data, layout, evaluator.num_eval, study.seed)
     drawn = TrainingSet("random real images", *real, evaluator)
-    return drawn.subset(first_of_each(counts))
+    return drawn.subset(alike(study.classes))
 
 
 def labelled_by_experts(study, real):
@@ -137,13 +137,13 @@ def herding_images(study):
     """
     evaluator = evaluation.of_real_images(study.distilled.evaluator)
     evaluator = replace(evaluator, augment=replace(evaluator.augment, factor=1))
-    counts = study.classes.bincount(minlength=len(study.data.classes))
     title = "herding" if study.experts.members else "herding, untrained features"
     features = partial(feature_experts(study).features, study.student)
-    found = coreset(study.data, int(counts.max()), CORESETS["herding"], features)
+    count = most_of_a_class(study.classes)
+    found = coreset(study.data, count, CORESETS["herding"], features)
     found = study.place.ranks.from_first([part.cpu() for part in found])  # rounding may differ
     found = [part.to(study.data.device) for part in found]
-    return TrainingSet(title, *found, evaluator).subset(first_of_each(counts))
+    return TrainingSet(title, *found, evaluator).subset(alike(study.classes))
 
 
 def feature_experts(study):
@@ -155,10 +155,19 @@ def feature_experts(study):
     return Experts.of_snapshot([p.detach() for p in network.parameters()])
 
 
-def first_of_each(counts):
-    """The first counts[c] of each class, as indices; each class has as many as the largest."""
-    width = int(counts.max())
-    return torch.cat([label * width + torch.arange(n) for label, n in enumerate(counts.tolist())])
+def most_of_a_class(classes):
+    """How many of `classes` (n,) are the most frequent one."""
+    return int(classes.bincount().max())
+
+
+def alike(classes):
+    """Indices of real images that have the same `classes` (n,) in the same order.
+
+    Of each class there are as many real images as `classes` has of its most frequent one.
+    """
+    seen = F.one_hot(classes).cumsum(0)  # of each class, up to each image
+    rank = seen.gather(1, classes[:, None]).flatten() - 1
+    return classes * most_of_a_class(classes) + rank
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Result:
 
     trained_on: str
     network: str
-    syn_lr: float
+    syn_lr: float | None  # α; None: a kernel machine, which has none
     scores: Scores
 
 
@@ -41,12 +41,18 @@ def results_on(training_set, key):
     """A `Result` of each network on a set, each printed as it is there."""
     process.write_line(f"\n{training_set.title}: α on validation images")
     results = []
-    for name, alpha in training_set.alphas(key).items():
-        evaluator = training_set.evaluator.of_network(name)
+    alphas = training_set.alphas(key)
+    for name in training_set.evaluator.pool:
+        evaluator, alpha = training_set.evaluator.of_network(name), alphas.get(name)
         scores = evaluator(training_set.images, training_set.labels, alpha, key)[name]
-        process.write_line(f"{name:12} α = {alpha:<7g} test {spread(scores.test)}")
+        process.write_line(f"{name:12} α = {shown(alpha):7} test {spread(scores.test)}")
         results.append(Result(training_set.title, name, alpha, scores))
     return results
+
+
+def shown(alpha):
+    """A step size as text; None: there is none."""
+    return "–" if alpha is None else f"{alpha:g}"
 
 
 def by_network(results):
@@ -60,7 +66,7 @@ def table_of(results):
     titles = dict.fromkeys(result.trained_on for result in results)
     lines = [f"{'test accuracy':14} " + "   ".join(f"{title:28}" for title in titles)]
     for name, row in by_network(results).items():
-        cells = (f"{spread(r.scores.test):16}  α {r.syn_lr:<8g}" for r in row)
+        cells = (f"{spread(r.scores.test):16}  α {shown(r.syn_lr):8}" for r in row)
         lines.append(f"{name:14} " + "   ".join(f"{cell:28}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 
