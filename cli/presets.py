@@ -77,7 +77,7 @@ EUROSAT_TABLE |= {
     for objective, more in EUROSAT_OTHERS.items()
 }
 DM_10 = EUROSAT_TABLE["eurosat-10-dm"]
-EUROSAT_TABLE["eurosat-50-dm"] = DM_10 | {"ipc": 50}
+EUROSAT_TABLE["eurosat-50-dm"] = DM_10 | {"ipc": 50, "ema": 0.99, "Iteration": 600, "eval_it": 300}
 EUROSAT_TABLE["eurosat-10-tiles-dm"] = DM_10 | {"factor": 2, "Iteration": 400, "eval_it": 200}
 PRESETS = {
     name: {"experts": data | MTT_EXPERTS, "distillation": data | dict(zip(MTT_FLAGS, values))}

@@ -104,10 +104,9 @@ DATASETS = {  # --dataset
 
 
 def is_in_use(data_path):
-    """Tell whether a folder holds caches of this project, or what torchvision keeps there."""
-    return any(
-        path for name in ("*_cache.pt", "zca_*.pt", "cifar-*") for path in data_path.glob(name)
-    )
+    """Tell whether a folder, or an archive in it, has caches of this project or of torchvision."""
+    folder = data_path.parent if data_path.is_file() else data_path
+    return any(path for name in ("*_cache.pt", "zca_*.pt", "cifar-*") for path in folder.glob(name))
 
 
 def form_of(dataset, data_path, im_size, selection=Selection()):

@@ -36,6 +36,8 @@ def load_distilled(path):
 
     Raises ReportedError if the folder has no record of a run, or no such images.
     """
+    if not files.expanded(path).exists():
+        raise ReportedError(f"{path} does not exist: give a run's folder, or a file in it")
     record = read_record(path, "--evaluate")
     if record is None:
         raise ReportedError(

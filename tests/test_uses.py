@@ -18,6 +18,7 @@ from datasets.distilled import load_distilled
 from datasets.eurosat import CLASS_NAMES
 from run import report
 from run.scores import spread
+from system.process import ReportedError
 from uses import membership, size, study
 
 SCRIPT = "distillation.py"
@@ -275,16 +276,19 @@ def test_incremental_takes_a_set_in_any_order(shuffled_set, use):
     assert [len(row["steps"]) for row in content["rows"]] == [5, 5, 5]
 
 
-def test_incremental_names_the_classes_that_a_set_lacks(
+def test_incremental_names_the_first_classes_if_a_set_lacks_them(
     run_here, data_flags, shuffled_set, tmp_path
 ):
     content = torch.load(shuffled_set)
     few = tmp_path / "few.pt"
-    torch.save({name: part[2:] for name, part in content.items()}, few)
+    order = torch.randperm(10, generator=utils.make_generator("classes", 0)).tolist()
+    kept = [n for n, label in enumerate(content["hard_labels"].tolist()) if label not in order[:2]]
+    torch.save({name: part[kept] for name, part in content.items()}, few)
     flags = [f"--evaluate={few}", "--task=incremental", "--lr_teacher=0.02"]
     done = run_here(SCRIPT, *data_flags, *flags, cwd=tmp_path)
     assert done.returncode == 2
-    assert "no image of " + ", ".join(CLASS_NAMES[-2:]) in done.stderr
+    first, second = (CLASS_NAMES[label] for label in order[:2])
+    assert f"no image of {first} or {second}" in done.stderr
 
 
 def test_transfer_has_kernel_machines_without_a_step_size(real_run, use):
@@ -293,3 +297,24 @@ def test_transfer_has_kernel_machines_without_a_step_size(real_run, use):
     assert "α –" in table
     _, content = use("transfer", real_run, "--eval_mode=K")
     assert {row["network"] for row in content["rows"]} == {MODEL, "NTK"}
+
+
+def test_a_guess_has_the_true_positives_that_the_attack_states():
+    random = np.random.default_rng(0)
+    for others in (20, 300):
+        curves = [membership.roc(random.random(50), random.random(others)) for _ in range(2000)]
+        attack = membership.Attack("", "", (50, others), curves)
+        error = np.std(attack.hits) / len(curves) ** 0.5
+        assert abs(np.mean(attack.hits) - attack.hits_chance) < 4 * error
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ReportedError, match="nowhere does not exist"):
+        load_distilled(tmp_path / "nowhere")
+
+
+def test_membership_says_when_networks_diverged(run_here, data_flags, real_run, tmp_path):
+    flags = [f"--evaluate={real_run}", "--task=membership", "--lr_teacher=1e25", "--num_eval=2"]
+    with pytest.warns(UserWarning, match=rf"2 of 2 networks \({MODEL}\) diverged"):
+        done = run_here(SCRIPT, *data_flags, *flags, "--epoch_eval_train=3", cwd=tmp_path)
+    assert done.returncode == 0

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import utils
 from datasets.preprocessing import PIX_INIT, Layout, random_real
 from datasets.saved_sets import saved_folder
-from evaluation import no_images
+from evaluation import no_images, warn_of_diverged
 from run.scores import spread
 from system import files, process
 from uses.study import Outcome, TrainingSet, new_figure, random_images
@@ -68,7 +68,7 @@ class Attack:
 
     @property
     def hits(self):
-        """True positives of each network at FALSE_POSITIVES; a guess has as many as false ones."""
+        """True positives of each network at FALSE_POSITIVES; a guess has `hits_chance`."""
         return [hits_at(*curve, FALSE_POSITIVES) for curve in self.curves]
 
     @property
@@ -76,6 +76,12 @@ class Attack:
         """The standard deviation of the area of a guess (Mann & Whitney 1947)."""
         m, n = self.counts
         return ((m + n + 1) / (12 * m * n)) ** 0.5
+
+    @property
+    def hits_chance(self):
+        """The expected true positives of a guess; with few others, more than FALSE_POSITIVES."""
+        n = self.counts[1]
+        return (int(FALSE_POSITIVES * n) + 1) / (n + 1)
 
 
 def roc(members, others):
@@ -132,7 +138,11 @@ def losses_of(training_set, parts, key):
     images = torch.cat([images[:] for images, _ in parts])
     labels = torch.cat([labels for _, labels in parts])
     probe = Probe(images, labels, training_set.evaluator.batch_real)
-    measured = training_set.with_alpha(key).measure(probe, key)
+    training_set = training_set.with_alpha(key)
+    measured = training_set.measure(probe, key)
+    diverged = sum(not losses.isfinite().all() for losses in measured)
+    (name,) = training_set.evaluator.pool
+    warn_of_diverged(name, diverged, len(measured), training_set.alpha)
     return [losses.numpy() for losses in measured]
 
 
@@ -208,7 +218,8 @@ def attack_members(study):
         m, n = attack.counts
         row = {"trained_on": attack.trained_on, "members": attack.members}
         row |= {"num_members": m, "num_others": n, "auc": attack.aucs, "hits": attack.hits}
-        rows.append(row | {"auc_chance_deviation": attack.chance})
+        chance = {"auc_chance_deviation": attack.chance, "hits_chance": attack.hits_chance}
+        rows.append(row | chance)
     table, images = nearest_images(study)
     text = f"{table_of(found)}\n\n{table}\n\n{sentence(found[0])}"
     content = {"false_positives": FALSE_POSITIVES, "rows": rows, "nearest": images}
@@ -221,7 +232,8 @@ def nearest_images(study):
     They are compared with those of test images, which no network was trained on.
     """
     data = study.data
-    images = utils.decode(study.distilled.images, study.distilled.evaluator.augment.factor)
+    factor = study.distilled.evaluator.augment.factor
+    images = utils.decode(study.distilled.images, factor)
     if images.shape[2] != data.form.im_size:
         return "Nearest training images are left out: canvases are larger than they are.", None
     distances, index = nearest(images, data)
@@ -235,12 +247,13 @@ def nearest_images(study):
     first = first_images(study.what, data)
     if first is None:
         return f"{text}\nWhich images the set started from is not recorded beside it.", figures
-    _, start = nearest(utils.decode(first, study.distilled.evaluator.augment.factor), data)
+    _, start = nearest(utils.decode(first, factor), data)  # of a tile, it may be another image
     same = (start == index).tolist()
     figures |= {"start": start.tolist(), "is_start": same}
     chance = 1 / len(data.train[1])
+    begun = "that the image started from" if factor == 1 else "nearest to the tile at its start"
     text += (
-        f"\nThe nearest is the one that the image started from for {sum(same)} of {len(same)}; "
+        f"\nThe nearest is the one {begun} for {sum(same)} of {len(same)}; "
         f"chance: {chance * len(same):.2g}."
     )
     return text, figures
@@ -256,7 +269,8 @@ def table_of(found):
         cells = f"{attack.trained_on:{width}}  {attack.members:16} {numbers:>13}"
         lines.append(f"{cells}  {spread(attack.aucs):16}  {spread(attack.hits)}")
     chance = " / ".join(f"{attack.chance:.2%}" for attack in found)
-    lines.append(f"Chance: AUC 50% (± {chance} for these numbers), hits {FALSE_POSITIVES:.0%}")
+    hits = " / ".join(f"{attack.hits_chance:.2%}" for attack in found)
+    lines.append(f"Chance for these numbers: AUC 50% (± {chance}), true positives {hits}")
     return "\n".join(lines)
 
 

@@ -156,7 +156,7 @@ def feature_experts(study):
 
 
 def most_of_a_class(classes):
-    """How many of `classes` (n,) are the most frequent one."""
+    """The number of times that the most frequent of `classes` (n,) occurs."""
     return int(classes.bincount().max())
 
 
