@@ -52,9 +52,8 @@ def make_pool(mode, model, form, machine):
     """
     names = dict.fromkeys(model if name == "model" else name for name in names_in(mode))
     try:
-        steps = {
-            name: training.make_sgd_step(name, form, machine) for name in names - KERNELS.keys()
-        }
+        networks = [name for name in names if name not in KERNELS]
+        steps = {name: training.make_sgd_step(name, form, machine) for name in networks}
         return {name: steps.get(name) for name in names}
     except ReportedError as error:
         raise ReportedError(f"--eval_mode={mode}: {error}") from None
