@@ -32,6 +32,7 @@ from cli.presets import preset_flags
 from datasets import by_name, initial_sets, saved_sets
 from datasets.preprocessing import Data, Layout, check_factor
 from evaluation import Evaluator, evaluate_real
+from kernels import centred_targets
 from objectives import OBJECTIVES
 from objectives.segments import batch_syn_of
 from reparam_module import ReparamModule
@@ -198,8 +199,7 @@ def initial_state(args, inputs):
     layout = Layout(args.ipc, args.factor, args.canvas_size if args.texture else 1)
     random = utils.make_generator("distillation", args.seed)
     start, source = initial_sets.initial_set(args.pix_init, layout, inputs.data, random)
-    images, labels, classes = start
-    logits = initial_logits(args, inputs, images, labels)
+    logits = initial_logits(args, inputs, start)
     objective = OBJECTIVES[args.objective]
     rules = Rules(
         optimizer_img=args.optimizer_img,
@@ -212,14 +212,19 @@ def initial_state(args, inputs):
         clip=objective.clips,
         halvings=objective.halvings,
     )
-    return State(Start(images, classes, logits, args.lr_teacher, source), rules, inputs.data.device)
+    begin = Start(start.images, start.classes, logits, args.lr_teacher, source)
+    return State(begin, rules, inputs.data.device)
 
 
-def initial_logits(args, inputs, images, labels):
-    """The tensor from which labels are read (n, classes), at the start; None: they are classes."""
-    kind = LABELS[args.labels]
+def initial_logits(args, inputs, start):
+    """The tensor from which labels are read (n, classes), at the start; None: they are classes.
+
+    `start` is the `SyntheticSet` that the run begins with.
+    """
+    kind, labels = LABELS[args.labels], start.labels
     if kind.centred:
-        return initial_sets.initial_targets(args.pix_init, labels, inputs.data.form)
+        known = start.targets
+        return centred_targets(labels, inputs.data.form.num_classes) if known is None else known
     logits = labels.clamp(min=1e-12).log() if labels.dim() == 2 else None
     if logits is not None and not kind.soft:
         takers = [name for name in OBJECTIVES[args.objective].labels if LABELS[name].in_rows]
@@ -228,7 +233,7 @@ def initial_logits(args, inputs, images, labels):
             f"--pix_init: the labels of {args.pix_init} are probabilities: {remedy}"
         )
     if kind.soft and (logits is None or args.label_epoch):
-        tiles = utils.decode(images.to(inputs.data.device), args.factor)
+        tiles = utils.decode(start.images.to(inputs.data.device), args.factor)
         logits = inputs.experts.logits(inputs.student, tiles, args.label_epoch)
     return logits
 

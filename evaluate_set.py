@@ -16,7 +16,7 @@ from cli.flags import selection_of
 from datasets import by_name
 from datasets.coresets import CORESETS, coreset
 from datasets.preprocessing import Layout, check_factor
-from datasets.saved_sets import check_set, is_saved, load_set, load_targets, saved_folder
+from datasets.saved_sets import check_set, is_saved, load_set, read_record, saved_folder
 from run import report
 from run.export import export_set
 from run.folder import run_flags
@@ -28,19 +28,18 @@ from trajectories import Experts, load_experts
 from uses import TASKS
 from uses.study import Study, TrainingSet
 
+NO_EXPERTS = Experts([])
+
 # --------------------------------------------------------------------------------------------------
 # Real images
 
 
-def real_set(args, data, place):
+def real_set(args, data, student, experts):
     """Images and labels of one of REAL_SETS, as --ipc, --factor, --labels and --seed describe it.
 
     Coresets are chosen by the experts' features. Soft labels are the experts' probabilities.
     """
-    what, soft = args.evaluate, LABELS[args.labels].soft
-    if what in CORESETS or soft:
-        student = training.make_student(args.model, data.form, place.amp, data.device)
-        experts = matching_experts(args, data, student)
+    what = args.evaluate
     if what == "full":
         images, labels = data.train
     elif what == "random":
@@ -49,7 +48,7 @@ def real_set(args, data, place):
     else:
         features = partial(experts.features, student)
         images, labels = coreset(data, args.ipc, CORESETS[what], features)
-    if soft:
+    if LABELS[args.labels].soft:
         tiles = images if what == "full" else utils.decode(images.flatten(0, -4), args.factor)
         labels = experts.labels(student, tiles, args.label_epoch).unflatten(0, labels.shape)
     return images, labels
@@ -94,17 +93,17 @@ def main(args, settings):
     if args.export:
         if place.ranks.is_first:
             view = report.view_of(data, args.show_bands)
-            tiles = saved._replace(images=utils.decode(saved.images, args.factor))
             record = exported_record(args, data)
-            export_set(args.export, tiles, args.lr_teacher, data, view, record)
+            export_set(args.export, saved, args.lr_teacher, data, view, record)
         return
+    files.check_writable(args.log_dir)  # before minutes of training
     evaluator = evaluation.make_evaluator(args, data, pool, place)
     if args.task:
         run_task(args, settings, study_of(args, saved, evaluator, place))
     elif saved:
-        images, labels = saved.images.to(place.device), saved.labels.to(place.device)
-        targets = load_targets(args.evaluate, labels, form, "--evaluate")
-        subject = Subject(f"images of {args.evaluate}", images, labels, targets)
+        parts = (saved.images, saved.labels, saved.targets)
+        parts = (None if part is None else part.to(place.device) for part in parts)
+        subject = Subject(f"images of {args.evaluate}", *parts)
         evaluate(args, settings, subject, evaluator, place)
     else:
         evaluator = evaluation.of_real_images(evaluator)
@@ -128,24 +127,30 @@ class Subject(NamedTuple):
     images: torch.Tensor
     labels: torch.Tensor  # classes, or probabilities, of the images or their tiles
     targets: torch.Tensor | None = None  # of kernel machines
+    experts: Experts = NO_EXPERTS  # that chose the images, or labelled them
 
 
 def real_subject(args, data, place):
     """The `Subject` of one of REAL_SETS, the same on all ranks."""
-    images, labels = real_set(args, data, place)
+    student, experts = None, NO_EXPERTS
+    if args.evaluate in CORESETS or LABELS[args.labels].soft:
+        student = training.make_student(args.model, data.form, place.amp, data.device)
+        experts = matching_experts(args, data, student)
+    images, labels = real_set(args, data, student, experts)
     if args.evaluate != "full" and place.ranks.size > 1:  # rounding may choose otherwise
         chosen = place.ranks.from_first((images.cpu(), labels.cpu()))
         images, labels = (part.to(place.device) for part in chosen)
     title = "training images" if args.evaluate == "full" else f"real images ({args.evaluate})"
     if LABELS[args.labels].soft:
         title += ", labelled by the experts"
-    return Subject(title, images, labels)
+    return Subject(title, images, labels, experts=experts)
 
 
 def evaluate(args, settings, subject, evaluator, place):
     """Train and test networks on a `Subject`, print the table, and write evaluation.json."""
     key, pool = (args.seed, "saved"), evaluator.pool
-    title, images, labels, targets = subject
+    title, images, labels, targets, experts = subject
+    evaluator.check_count(images)
     if args.search_alpha:
         alphas = evaluation.search_alphas(evaluator, images, labels, key)
         shown = ", ".join(f"α = {value:g} ({name})" for name, value in alphas.items())
@@ -164,8 +169,14 @@ def evaluate(args, settings, subject, evaluator, place):
         row = {"evaluated": args.evaluate, "images": count, "scores": scores}
         row["syn_lr"] = alphas if args.search_alpha else args.lr_teacher
         (content,) = to_json([row])
+        settings = settings | recorded(experts)
         path = write_evaluation(args, settings, content, evaluator.data, place)
         print(f"\nFiles: {path}")
+
+
+def recorded(experts):
+    """The settings that tell an evaluation with these experts from one with others."""
+    return {"experts": experts.digest()} if experts.members else {}
 
 
 def write_evaluation(args, settings, content, data, place):
@@ -198,7 +209,7 @@ def study_of(args, saved, evaluator, place):
     """The `Study` of a saved set, with the experts of --model where there are some."""
     task = TASKS[args.task]
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
-    experts = Experts([])
+    experts = NO_EXPERTS
     if task.takes_experts and trajectories.expert_files(folder):
         student = training.make_student(args.model, evaluator.data.form, place.amp, place.device)
         experts = matching_experts(args, evaluator.data, student)
@@ -218,6 +229,7 @@ def run_task(args, settings, study):
     print(f"\n{outcome.table}")
     if study.place.ranks.is_first:
         content = {"evaluated": args.evaluate, "task": args.task} | outcome.content
+        settings = settings | recorded(study.experts)
         path = write_evaluation(args, settings, content, study.data, study.place)
         report.save_figure(path.with_suffix(".png"), outcome.picture)
         print(f"\nFiles: {path} (and .png)")
@@ -228,7 +240,10 @@ def run_task(args, settings, study):
 
 
 def exported_record(args, data):
-    """The content of a `files.RunRecord` of an exported set, without folders of this machine."""
+    """The content of a `files.RunRecord` of an exported set, without folders of this machine.
+
+    It keeps what the images of the run started from, if that is known.
+    """
     flags = run_flags(args)
     for name in list(flags):
         if isinstance(getattr(args, name), Path):
@@ -236,4 +251,6 @@ def exported_record(args, data):
     settings = {"data": data.settings["digest"], "classes": data.classes} | data.settings
     if args.split:
         settings["split"] = args.split.name
-    return {"settings": settings, "flags": flags | {"factor": 1}, "wandb_id": ""}
+    if record := read_record(args.evaluate, "--evaluate"):
+        settings["pix_init"] = record.settings.get("pix_init")
+    return {"settings": settings, "flags": flags, "wandb_id": ""}

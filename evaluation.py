@@ -104,6 +104,7 @@ class Evaluator:
         key     seeds all that is random: initial weights, order of the images, augmentation
         targets  real-valued labels (n, classes) for kernel machines; None: they take `labels`
         """
+        self.check_count(images)
         if targets is None:
             targets = centred_targets(labels, self.data.form.num_classes)
         scores = {}
@@ -114,6 +115,16 @@ class Evaluator:
                 sets = sets_of(images, labels, self.num_eval)
                 scores[name] = self.evaluate(name, sets, syn_lr, key)
         return scores
+
+    def check_count(self, images):
+        """Raise ReportedError if there are too many images for a kernel machine of the pool."""
+        count = images.shape[-4] * self.augment.factor**2
+        kernels = [name for name in self.pool if name in KERNELS]
+        if kernels and count > MOST_IMAGES:
+            raise ReportedError(
+                f"{kernels[0]}, a kernel machine, of {count} images is too large, as it takes the "
+                f"products of all pairs: give at most {MOST_IMAGES}, or another --eval_mode"
+            )
 
     def evaluate_kernel(self, name, images, targets):
         """`Scores` of a kernel machine, which is trained in closed form: one, or one of each set.
@@ -127,11 +138,6 @@ class Evaluator:
     def test_kernel(self, kernel, images, targets):
         """Train a kernel machine on images (N, C, H, H) and targets, and test it: `Tested`."""
         x = utils.decode(images, self.augment.factor).flatten(1)
-        if len(x) > MOST_IMAGES:
-            raise ReportedError(
-                f"a kernel machine of {len(x)} images is too large, as it takes the products of "
-                f"all pairs: give at most {MOST_IMAGES}, or another --eval_mode"
-            )
         coefficients = fit(kernel, x, targets)
 
         def accuracy(real, labels):

@@ -11,6 +11,12 @@ from objectives import OBJECTIVES
 from run.rules import LABELS
 from uses import TASKS
 
+# A set learned from all training images has seen those that would choose for it.
+WITH_VALIDATION = (
+    "give --val_fraction=0.1, for a set that was made with it; others take --lr_teacher, and "
+    "--task=size"
+)
+
 
 def check_objective(parser, args):
     """Refuse flags that have no meaning for the objective."""
@@ -51,12 +57,12 @@ def check_combinations(parser, args):
         reason = "only random images are cut into tiles: leave one out"
         parser.error(f"--factor={args.factor} and --evaluate={args.evaluate}: {reason}")
     if args.search_alpha and not args.val_fraction:
-        parser.error("--search_alpha needs validation images: give --val_fraction=0.1")
+        parser.error(f"--search_alpha needs validation images: {WITH_VALIDATION}")
     if args.texture and any(name in KERNELS for name in names_in(args.eval_mode)):
         reason = "kernel machines do not take canvases: leave one out"
         parser.error(f"--eval_mode={args.eval_mode} and --texture cannot be combined: {reason}")
     if args.task and TASKS[args.task].needs_validation and not args.val_fraction:
-        reason = "validation images choose α: give --val_fraction=0.1"
+        reason = f"validation images choose α: {WITH_VALIDATION}"
         parser.error(f"--task={args.task} and --val_fraction=0 cannot be combined: {reason}")
     if args.show_bands and args.bands == RGB:
         reason = f"pictures show all three bands of --bands={RGB}: leave it out"

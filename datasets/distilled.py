@@ -20,13 +20,13 @@ class DistilledSet(NamedTuple):
 
     Real images are to be normalised by `mean` and `std`: in [0, 1] those of 8 bits, in the numbers
     of their files those of 16 bits and float32. They are None of whitened images, and of a folder
-    of pictures whose run has not ended.
+    of pictures before the first evaluation.
     """
 
     images: torch.Tensor  # (n, C, S, S), float32, preprocessed; each tile is one, enlarged
     labels: torch.Tensor  # classes (n,), or probabilities (n, classes)
     alpha: float | None  # the step size; None: not saved
-    classes: tuple | None  # names, by label; None: CIFAR-100's, which its data has
+    classes: tuple | None  # names, by label; None: CIFAR-100's before the first evaluation
     mean: list | None  # of each channel
     std: list | None
 
@@ -46,7 +46,8 @@ def load_distilled(path):
         )
     flags, source = record.flags, DATASETS[record.flags["dataset"]]
     data_path = Path(flags.get("data_path", "data"))
-    classes = record.settings.get("classes") or source.classes  # an exported set has its own
+    facts = recorded_facts(record, saved_folder(path))
+    classes = source.classes or facts.get("classes")
     if not (classes or source.num_classes):
         classes = class_names(data_path)
     selection = Selection(flags.get("bands", RGB), flags.get("fill_nodata"))
@@ -54,21 +55,27 @@ def load_distilled(path):
     side = side_of(flags["dataset"], flags["im_size"])
     form = Form(source.num_classes or len(classes), side, len(names) if names else 3)
     factor = flags.get("factor", 1)
-    images, labels, _ = load_set(path, form, factor, "--evaluate")
-    images = decode(images, factor)
+    saved = load_set(path, form, factor, "--evaluate")
+    images = decode(saved.images, factor)
+    alpha = saved_step_size(path, "--evaluate")
     mean, std = None, None
     if not flags["zca"]:
         known = source.statistics if selection.bands == RGB else None
-        mean, std = known or recorded_statistics(record, saved_folder(path))
-    return DistilledSet(images, labels, saved_step_size(path, "--evaluate"), classes, mean, std)
+        mean, std = known or (facts.get("mean"), facts.get("std"))
+    return DistilledSet(images, saved.labels, alpha, classes, mean, std)
 
 
-def recorded_statistics(record, folder):
-    """Mean and standard deviation of each channel, as an export has them, or a run at its end."""
+def recorded_facts(record, folder):
+    """Facts about the data: those of an exported set's record, or of a run's results.json.
+
+    Without either, as of a run before its first evaluation, there are none.
+    """
     if "mean" in record.settings:
-        return record.settings["mean"], record.settings["std"]
+        return record.settings
+    path = folder / "results.json"
     try:
-        data = files.read_json(folder / "results.json", data=dict)["data"]
+        return files.read_json(path, data=dict)["data"]
     except FileNotFoundError:
-        return None, None
-    return data["mean"], data["std"]
+        return {}
+    except ValueError as error:
+        raise ReportedError(f"{path} is damaged ({error}): restore it from a copy") from None

@@ -4,7 +4,6 @@ import hashlib
 
 from datasets import saved_sets
 from datasets.preprocessing import PIX_INIT
-from kernels import centred_targets
 from system import files
 from system.process import ReportedError
 
@@ -24,14 +23,6 @@ def has_soft_labels(pix_init):
     return saved_sets.is_plain(labels) and labels.dim() == 2
 
 
-def initial_targets(pix_init, labels, form):
-    """The initial targets (n, classes) of kernel machines: a saved set's, or of these labels."""
-    targets = None
-    if pix_init not in PIX_INIT:
-        targets = saved_sets.load_targets(pix_init, labels, form, FLAG)
-    return centred_targets(labels, form.num_classes) if targets is None else targets
-
-
 def initial_set(pix_init, layout, data, generator):
     """The initial `SyntheticSet` of a run, images (K, C, S, S), and what --pix_init stands for.
 
@@ -42,7 +33,7 @@ def initial_set(pix_init, layout, data, generator):
         images, classes = PIX_INIT[pix_init](data, layout, generator)
         return saved_sets.SyntheticSet(images, classes, classes), pix_init
     loaded = saved_sets.load_set(pix_init, data.form, layout.factor, FLAG)
-    images, labels, _ = loaded
+    images = loaded.images
     has_canvases = layout.canvas_size > 1
     saved_sets.check_set(pix_init, images, has_canvases, data.settings, data.form, FLAG)
     shape = layout.shape(data.form)
@@ -52,5 +43,5 @@ def initial_set(pix_init, layout, data, generator):
             "--ipc, or with --texture --canvas_size"
         )
     digest = hashlib.sha256(images.numpy())
-    digest.update(labels.numpy())
+    digest.update(loaded.labels.numpy())
     return loaded, f"set {digest.hexdigest()[:16]}"

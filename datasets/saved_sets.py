@@ -36,6 +36,7 @@ class SavedSet(NamedTuple):
     labels: object
     syn_lr: object
     classes: object = None  # beside soft labels
+    targets: object = None  # of kernel machines
     record: object = None  # of the run, as text
 
 
@@ -43,10 +44,12 @@ class SyntheticSet(NamedTuple):
     """A checked set of synthetic images."""
 
     images: torch.Tensor  # float32 (N, C, H, H)
-    labels: (
-        torch.Tensor
-    )  # of each image, or tile: classes (n,) int64, or probabilities (n, classes)
+    labels: torch.Tensor  # of images, or tiles: classes (n,) int64, or probabilities (n, classes)
     classes: torch.Tensor  # the same as classes
+    targets: torch.Tensor | None = None  # of kernel machines, float32 (n, classes)
+
+
+TILED = "tiled_images"  # of this project's exports: the images before their tiles are enlarged
 
 
 def find_set(what, flag):
@@ -71,7 +74,8 @@ def find_set(what, flag):
         return read_file(path.with_name(path.name.replace("images", name, 1)), flag)
 
     syn_lr = beside("syn_lr")
-    return SavedSet(content, beside("labels"), beside("lr") if syn_lr is None else syn_lr)
+    syn_lr = beside("lr") if syn_lr is None else syn_lr
+    return SavedSet(content, beside("labels"), syn_lr, targets=beside("targets"))
 
 
 def set_in(content, path, flag):
@@ -80,9 +84,11 @@ def set_in(content, path, flag):
         case {"data": [*_, [images, labels]]}:  # a pair for each experiment
             return SavedSet(images, labels, None)
         case {"image_tensor": images}:
+            images = content.get(TILED, images)
             soft, hard = content.get("soft_labels"), content.get("hard_labels")
-            rest = content.get("syn_lr"), hard, content.get("record")
-            return SavedSet(images, hard if soft is None else soft, *rest)
+            labels = hard if soft is None else soft
+            rest = (content.get(name) for name in ("targets", "record"))
+            return SavedSet(images, labels, content.get("syn_lr"), hard, *rest)
     keys = ", ".join(map(str, list(content)[:8])) or "none"
     raise ReportedError(
         f"{flag}: {path} holds no images with labels, but a dict with the keys {keys}. Known are "
@@ -109,12 +115,16 @@ def read_file(path, flag):
         raise ReportedError(f"{flag}: {path} cannot be read ({fault})") from None
 
 
+REMEDY = "restore it from a copy, or remove it and give the flags of its run"
+
+
 def read_record(what, flag):
     """The `files.RunRecord` of the run that made a saved set; None: it has none, as MTT's.
 
     Raises ReportedError for a damaged record.
     """
-    if record := files.read_run(saved_folder(what)):
+    record = files.read_run(saved_folder(what), REMEDY)
+    if record:
         return record
     content = find_set(what, flag).record
     if content is None:
@@ -198,30 +208,17 @@ def load_set(what, form, factor, flag):
     if is_plain(found.classes) and found.classes.shape == classes.shape:
         own = as_labels(found.classes)
         classes = own if is_label_set(own, count, form) else classes
-    return SyntheticSet(images, labels, classes)
-
-
-def load_targets(what, labels, form, flag):
-    """The targets (n, classes) of kernel machines in a saved set with these labels; None: none.
-
-    Raises ReportedError if they do not fit.
-    """
-    path = files.expanded(what)
-    path = path / "images_best.pt" if path.is_dir() else path
-    if not path.name.startswith("images"):
-        return None
-    path = path.with_name(path.name.replace("images", "targets", 1))
-    targets = read_file(path, flag)
-    if targets is None:
-        return None
-    shape = len(labels), form.num_classes
-    fits = is_plain(targets) and targets.is_floating_point() and targets.shape == shape
-    if not (fits and targets.isfinite().all()):
-        raise ReportedError(
-            f"{flag}: {path} holds no targets of a kernel machine, {shape} float32 and finite, but "
-            f"{description(targets)}"
-        )
-    return targets.float()
+    targets = found.targets
+    if targets is not None:
+        shape = count, form.num_classes
+        fits = is_plain(targets) and targets.is_floating_point() and targets.shape == shape
+        if not (fits and targets.isfinite().all()):
+            raise ReportedError(
+                f"{flag}: the targets of {what} are none of a kernel machine, {shape} float32 and "
+                f"finite, but {description(targets)}"
+            )
+        targets = targets.float()
+    return SyntheticSet(images, labels, classes, targets)
 
 
 def as_images(found):

@@ -2,14 +2,16 @@
 
 import json
 
+import utils
 from datasets.bands import write_raster
+from datasets.saved_sets import TILED
 from run import report
 from system import files
 from system.process import ReportedError
 
 
 def export_set(folder, saved, syn_lr, data, view, record):
-    """Write a `saved_sets.SyntheticSet`, whose tiles are images of their own, into a folder.
+    """Write a `saved_sets.SyntheticSet` into a folder.
 
     syn_lr  α, or None
     data    `preprocessing.Data` for which it was made
@@ -18,7 +20,8 @@ def export_set(folder, saved, syn_lr, data, view, record):
 
     The PNGs are for viewing: clipped and scaled, three of the bands. With --bands, bands/ has
     GeoTIFFs of them all, in the numbers of the data's own files. DD-Ranking's dictionary has what
-    networks learn from, and the record of the run, so that --evaluate takes it as it was.
+    networks learn from, and the record of the run, so that --evaluate takes it as it was. Tiles are
+    images of their own there; the images that hold them are beside them, for this project alone.
     Every class has a folder, so that `ImageFolder` numbers them alike. Raises ReportedError if the
     folder already has an exported set.
     """
@@ -28,7 +31,9 @@ def export_set(folder, saved, syn_lr, data, view, record):
                 f"--export={folder}: {there.name} is there already: remove it, or name another "
                 "folder"
             )
-    pixels = data.to_pixels(saved.images)
+    factor = record["flags"]["factor"]
+    images = utils.decode(saved.images, factor)
+    pixels = data.to_pixels(images)
     shown = view.of_pixels(pixels)
     classes = saved.classes, data.classes
     for path, image in files_by_class(folder / "images", *classes, shown, ".png"):
@@ -37,12 +42,16 @@ def export_set(folder, saved, syn_lr, data, view, record):
         unit = data.settings["unit"]
         for path, image in files_by_class(folder / "bands", *classes, pixels, ".tif"):
             write_raster(path, image * unit, names)
-    content = {"image_tensor": saved.images, "hard_labels": saved.classes, "syn_lr": syn_lr}
+    content = {"image_tensor": images, "hard_labels": saved.classes, "syn_lr": syn_lr}
     if saved.labels.dim() == 2:
         content["soft_labels"] = saved.labels
+    if saved.targets is not None:
+        content["targets"] = saved.targets
+    if factor > 1:
+        content[TILED] = saved.images
     content["record"] = json.dumps(record)
     files.write_tensors(folder / "dd_ranking.pt", content)
-    print(f"{len(saved.images)} images exported to {folder}")
+    print(f"{len(images)} images exported to {folder}")
 
 
 def files_by_class(folder, labels, classes, images, ending):

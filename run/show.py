@@ -10,7 +10,7 @@ def facts_about(inputs, settings):
     """Facts about a run with which results.json opens."""
     return {
         "settings": settings,
-        "data": inputs.data.settings,
+        "data": inputs.data.settings | {"classes": inputs.data.classes},
         "experts": len(inputs.experts.members),
         "experts_test_accuracy": inputs.experts.test_accuracies,
         "versions": process.versions(),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 import warnings
 import zipfile
@@ -63,6 +64,16 @@ def sync(file):
     except OSError as error:
         if error.errno not in WITHOUT_SYNC:
             raise
+
+
+def check_writable(folder):
+    """Raise OSError if no file can be written in a folder, which need not be there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({first_line(error)})") from None
 
 
 def write_tensors(path, content):
@@ -262,10 +273,10 @@ class RunRecord:
     wandb_id: str
 
 
-def read_run(folder):
+def read_run(folder, remedy="restore it from a copy, or use another --run_name"):
     """The record of the run in `folder`; None if no run was started.
 
-    Raises ReportedError for a damaged record.
+    Raises ReportedError, with the remedy, for a damaged record.
     """
     path = folder / RUN_RECORD
     try:
@@ -273,9 +284,7 @@ def read_run(folder):
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ReportedError(
-            f"{path} is damaged ({error}): use another --run_name, or remove the folder"
-        ) from None
+        raise ReportedError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def start_run(folder, settings, flags, may_change=()):

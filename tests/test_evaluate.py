@@ -421,3 +421,47 @@ def test_sets_for_other_data_are_refused_before_minutes_of_whitening(
 
 def test_images_that_are_no_canvases_are_not_taken_for_such(refuse, saved):
     refuse("texture=False (here True)", f"--evaluate={saved}", "--texture")
+
+
+def test_folders_that_cannot_be_written_are_refused_before_networks_are_trained(
+    run_here, flags, saved, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation.Evaluator, "__call__", None)
+    (tmp_path / "file").touch()
+    for log_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        what = [f"--evaluate={saved}", f"--log_dir={log_dir}"]
+        done = run_here(SCRIPT, *flags, *what, cwd=tmp_path)
+        assert done.returncode == 2
+        assert f"{log_dir} cannot be written (Not a directory" in done.stderr
+
+
+def test_too_many_images_for_a_kernel_machine_are_refused_before_networks_are_trained(
+    refuse, flags, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "MOST_IMAGES", 159)
+    monkeypatch.setattr(evaluation.Evaluator, "evaluate", None)
+    part = "NTK, a kernel machine, of 160 images is too large"
+    refuse(part, *flags, "--evaluate=full", "--eval_mode=K")
+
+
+def test_a_damaged_record_is_no_reason_to_remove_the_set(refuse, saved, tmp_path):
+    there = shutil.copytree(saved, tmp_path / "there")
+    (there / "run.json").write_text("{")
+    refuse("restore it from a copy, or remove it and give the flags", f"--evaluate={there}")
+
+
+def test_evaluations_with_other_experts_do_not_overwrite_each_other(
+    run_here, data_flags, flags, saved, tmp_path
+):
+    name = "ImageFolder_NO_ZCA"
+    shutil.copytree(saved.parents[2] / name, tmp_path / name)
+    more = ["--num_experts=2", "--train_epochs=2", "--batch_train=32", f"--buffer_path={tmp_path}"]
+    done = run_here("expert_trajectories.py", *data_flags, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for folder in (saved.parents[2], tmp_path):
+        what = ["--evaluate=random", "--labels=soft", f"--buffer_path={folder}"]
+        done = run_here(SCRIPT, *flags, *what, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    paths = list(tmp_path.glob("logged_files/*/*/evaluation.json"))
+    experts = {json.loads(path.read_text())["settings"]["experts"] for path in paths}
+    assert len(paths) == len(experts) == 2

@@ -143,6 +143,17 @@ def test_tiles_are_exported_as_images_of_their_own(run_here, distilled):
     assert len(content["soft_labels"]) == len(content["hard_labels"]) == 40
     assert len(list((cwd / "out" / "images").glob("*/*.png"))) == 40
 
+    # For this project, it is the set that it was made of: ten images, of four tiles each.
+    rows = []
+    for what in (run, "out"):
+        task = ["--task=size", "--num_eval=1", "--epoch_eval_train=1", f"--log_dir=of_{what[:3]}"]
+        given = [f"--evaluate={what}", "--data_path=pictures", *task]
+        done = run_here("distillation.py", *given, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        (path,) = cwd.glob(f"of_{what[:3]}/*/*/size.json")
+        rows.append(json.loads(path.read_text())["rows"])
+    assert rows[0] == rows[1]
+
 
 def test_random_real_tiles_with_the_experts_labels_are_evaluated(run_here, distilled):
     cwd, _ = distilled

@@ -152,6 +152,14 @@ def test_membership_attacks_networks_and_finds_the_images_that_a_run_started_fro
     assert "started from for 10 of 10; chance: 0.062" in out
 
 
+def test_an_exported_set_knows_what_it_started_from(use, run_here, data_flags, real_run, tmp_path):
+    out = tmp_path / "out"
+    done = run_here(SCRIPT, *data_flags, f"--evaluate={real_run}", f"--export={out}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, content = use("membership", out)
+    assert content["nearest"]["is_start"] == [True] * 10
+
+
 def test_membership_says_that_the_start_of_another_tools_set_is_unknown(use, soft_set):
     out, content = use("membership", soft_set)
     assert "is not recorded" in out and "is_start" not in content["nearest"]
@@ -240,6 +248,18 @@ def test_a_set_is_loaded_with_all_that_training_takes_from_its_path_alone(real_r
     assert [found.mean, found.std] == [data["mean"], data["std"]]
 
 
+def test_a_set_is_loaded_without_the_pictures_that_it_was_made_of(real_run, tmp_path):
+    alone = shutil.copytree(real_run, tmp_path / "alone")
+    record = json.loads((alone / "run.json").read_text())
+    record["flags"]["data_path"] = str(tmp_path / "gone")
+    (alone / "run.json").write_text(json.dumps(record))
+    found = load_distilled(alone)
+    assert list(found.classes) == sorted(CLASS_NAMES) and len(found.mean) == 3
+    (alone / "results.json").write_text("{")
+    with pytest.raises(ReportedError, match=r"results\.json is damaged"):
+        load_distilled(alone)
+
+
 def test_tiles_are_loaded_as_images_with_a_label_each():
     found = load_distilled(ROOT / "results" / "eurosat-1-tiles")
     assert found.images.shape == (40, 3, 64, 64) and found.labels.shape == (40, 10)
@@ -306,6 +326,16 @@ def test_a_guess_has_the_true_positives_that_the_attack_states():
         attack = membership.Attack("", "", (50, others), curves)
         error = np.std(attack.hits) / len(curves) ** 0.5
         assert abs(np.mean(attack.hits) - attack.hits_chance) < 4 * error
+
+
+def test_a_set_with_more_images_than_the_data_is_named(run_here, data_flags, tmp_path):
+    content = {"image_tensor": torch.zeros(17, 3, 16, 16), "hard_labels": torch.zeros(17)}
+    torch.save(content, tmp_path / "set.pt")
+    flags = [f"--evaluate={tmp_path / 'set.pt'}", "--task=membership", "--lr_teacher=0.01"]
+    flags += ["--num_eval=1", "--epoch_eval_train=1"]
+    done = run_here(SCRIPT, *data_flags, *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "set.pt has 17 images of a class, and the data 16 training images" in done.stderr
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path):

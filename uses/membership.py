@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 import utils
 from datasets.preprocessing import PIX_INIT, Layout, random_real
-from datasets.saved_sets import saved_folder
+from datasets.saved_sets import read_record
 from evaluation import no_images, warn_of_diverged
 from run.scores import spread
-from system import files, process
+from system import process
 from uses.study import Outcome, TrainingSet, new_figure, random_images
 
 FALSE_POSITIVES = 0.01
@@ -196,7 +196,7 @@ def nearest(images, data):
 
 def first_images(what, data):
     """The real images that a saved set started from; None if its run does not say so."""
-    record = files.read_run(saved_folder(what))
+    record = read_record(what, "--evaluate")
     if record is None or PIX_INIT.get(record.settings.get("pix_init")) is not random_real:
         return None
     flags = record.flags

@@ -14,6 +14,7 @@ from datasets.coresets import CORESETS, coreset
 from datasets.preprocessing import Layout
 from evaluation import Evaluator
 from system.machine import Machine
+from system.process import ReportedError
 from trajectories import Experts
 
 
@@ -116,7 +117,13 @@ class Outcome(NamedTuple):
 def random_images(study):
     """A `TrainingSet` of random real images for each network."""
     evaluator = evaluation.of_real_images(study.distilled.evaluator)
-    layout = Layout(most_of_a_class(study.classes), evaluator.augment.factor)
+    wanted, there = most_of_a_class(study.classes), fewest_of_a_class(study.data)
+    if wanted > there:
+        raise ReportedError(
+            f"--task: {study.what} has {wanted} images of a class, and the data {there} training "
+            "images of another, which are too few to compare with: only --task=size needs none"
+        )
+    layout = Layout(wanted, evaluator.augment.factor)
     real = evaluation.random_real_sets(study.data, layout, evaluator.num_eval, study.seed)
     drawn = TrainingSet("random real images", *real, evaluator)
     return drawn.subset(alike(study.classes))
@@ -158,6 +165,11 @@ def feature_experts(study):
 def most_of_a_class(classes):
     """The number of times that the most frequent of `classes` (n,) occurs."""
     return int(classes.bincount().max())
+
+
+def fewest_of_a_class(data):
+    """The number of training images of the class that has the fewest."""
+    return int(data.train[1].bincount(minlength=data.form.num_classes).min())
 
 
 def alike(classes):
