@@ -101,9 +101,7 @@ def main(args, settings):
     if args.task:
         run_task(args, settings, study_of(args, saved, evaluator, place))
     elif saved:
-        parts = (saved.images, saved.labels, saved.targets)
-        parts = (None if part is None else part.to(place.device) for part in parts)
-        subject = Subject(f"images of {args.evaluate}", *parts)
+        subject = saved_subject(args, saved, place)
         evaluate(args, settings, subject, evaluator, place)
     else:
         evaluator = evaluation.of_real_images(evaluator)
@@ -128,6 +126,15 @@ class Subject(NamedTuple):
     labels: torch.Tensor  # classes, or probabilities, of the images or their tiles
     targets: torch.Tensor | None = None  # of kernel machines
     experts: Experts = NO_EXPERTS  # that chose the images, or labelled them
+
+
+def saved_subject(args, saved, place):
+    """The `Subject` of a saved set."""
+    images, labels = saved.images.to(place.device), saved.labels.to(place.device)
+    targets = saved.targets
+    if targets is not None:
+        targets = targets.to(place.device)
+    return Subject(f"images of {args.evaluate}", images, labels, targets)
 
 
 def real_subject(args, data, place):
@@ -251,6 +258,7 @@ def exported_record(args, data):
     settings = {"data": data.settings["digest"], "classes": data.classes} | data.settings
     if args.split:
         settings["split"] = args.split.name
-    if record := read_record(args.evaluate, "--evaluate"):
+    record = read_record(args.evaluate, "--evaluate")
+    if record:
         settings["pix_init"] = record.settings.get("pix_init")
     return {"settings": settings, "flags": flags, "wandb_id": ""}

@@ -198,7 +198,8 @@ def main():
     form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
     # An unknown network is refused here, before the data are loaded.
     network = utils.initial_network(args.model, form, utils.make_generator(0), place.device)
-    if fault := student_fault(network):
+    fault = student_fault(network)
+    if fault:
         warnings.warn(f"distillation.py will refuse these experts, --model={args.model}: {fault}")
 
     # Experts with other settings are refused before minutes of whitening.

@@ -78,7 +78,8 @@ class ReparamModule(nn.Module):
         for pooling in network.modules():
             if isinstance(pooling, AvgPool):
                 pooling.differentiated_twice = twice
-        if fault := student_fault(network):
+        fault = student_fault(network)
+        if fault:
             raise ValueError(fault)
         self.network = network
         self.amp = amp

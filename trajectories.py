@@ -90,7 +90,8 @@ def read_trajectories(path):
                 raise DamagedFile(
                     f"{path} is damaged: its checksum is not the recorded one: {REMEDY}"
                 )
-    elif fault := files.foreign_damage(path):
+    fault = None if record else files.foreign_damage(path)
+    if fault:
         raise DamagedFile(f"{path} is damaged: {fault}: {FOREIGN_REMEDY}")
     try:
         trajectories = as_trajectories(files.load_tensors(path, mmap=True))
@@ -206,7 +207,10 @@ class Experts:
         """Warn if a student takes more steps than the experts that it follows, of `num_train`."""
         recorded = [expert.record["training"] for expert in self.members if expert.record]
         epochs = [-(-num_train // training["batch_size"]) for training in recorded]  # their steps
-        if epochs and syn_steps > (steps := min(epochs) * expert_epochs):
+        if not epochs:
+            return
+        steps = min(epochs) * expert_epochs
+        if syn_steps > steps:
             warnings.warn(
                 f"--syn_steps={syn_steps} takes the student beyond its experts, whose "
                 f"--expert_epochs={expert_epochs} have {steps} steps: lower --syn_steps, or train "
@@ -217,7 +221,8 @@ class Experts:
         """The same experts without damaged ones. Raises ReportedError unless `skip_damaged`."""
         whole = []
         for expert in self.members:
-            if fault := segment_fault(expert.trajectory, max_start_epoch, length):
+            fault = segment_fault(expert.trajectory, max_start_epoch, length)
+            if fault:
                 remedy = REMEDY if expert.record else FOREIGN_REMEDY
                 skip_or_raise(DamagedFile(f"{expert.name} {fault}: {remedy}"), skip_damaged)
             else:

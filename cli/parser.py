@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
                 help += f" (default: {default})"
             if type is boolean:
                 keywords |= {"nargs": "?", "const": True, "metavar": "BOOL"}
-            if metavar := getattr(type, "metavar", None):
+            metavar = getattr(type, "metavar", None)
+            if metavar:
                 keywords["metavar"] = metavar
             group.add_argument(flag, type=type, help=help, **keywords)
 

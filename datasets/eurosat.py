@@ -137,7 +137,8 @@ def find_eurosat(data_path, archive=None, edition=RGB_EDITION):
     folder = class_parent(data_path, edition)
     if folder and filled_classes(folder, edition):
         return folder
-    if archive := archive or find_archive(data_path, edition):
+    archive = archive or find_archive(data_path, edition)
+    if archive:
         return unpack_eurosat(archive, edition)
     if folder:
         return folder  # which `list_images` refuses

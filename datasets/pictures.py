@@ -169,7 +169,8 @@ def picture_fault(image, im_size, crop):
         return f"{size}, more than is safe to decode: replace it"
     if image.format not in FORMATS:
         return f"is a {image.format}, whatever its name says: convert it to PNG"
-    if values := odd_values(image):
+    values = odd_values(image)
+    if values:
         return f"has {values} per channel: scale its values to 8 bits and save it again"
     return None
 

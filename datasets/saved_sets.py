@@ -103,7 +103,8 @@ NUMPY_SCALARS += [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.i
 
 def read_file(path, flag):
     """Read what `torch.save` wrote; None if there is no such file."""
-    if fault := files.foreign_damage(path):
+    fault = files.foreign_damage(path)
+    if fault:
         raise ReportedError(f"{flag}: {path} is damaged ({fault})")
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):  # accuracies, in DC's files
@@ -276,7 +277,8 @@ def check_set(what, images, texture, settings, form, flag):
 
     `settings` are those of the data, and `form` their `preprocessing.Form`.
     """
-    if record := read_record(what, flag):
+    record = read_record(what, flag)
+    if record:
         now = {key: settings[key] for key in ("dataset", "zca", "val_fraction")}
         now |= {"data": settings["digest"], "texture": texture}
         lists = record.settings.get("split")  # of an exported set, whose flags name no folder

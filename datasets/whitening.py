@@ -64,7 +64,8 @@ def whiten(images, train, cache, device="cpu"):
     device  where it is fitted
     """
     zca = kornia.enhance.ZCAWhitening(eps=ZCA_EPS, compute_inv=True)
-    if cached := files.read_cache(cache, "images", "mean", "transform", "inverse"):
+    cached = files.read_cache(cache, "images", "mean", "transform", "inverse")
+    if cached:
         images, zca.mean_vector, zca.transform_matrix, zca.transform_inv = cached.values()
         zca.fitted = True
         return images, zca

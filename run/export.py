@@ -38,7 +38,8 @@ def export_set(folder, saved, syn_lr, data, view, record):
     classes = saved.classes, data.classes
     for path, image in files_by_class(folder / "images", *classes, shown, ".png"):
         report.save_picture(path, report.draw_image(image, pixels=True))
-    if names := data.settings.get("bands"):
+    names = data.settings.get("bands")
+    if names:
         unit = data.settings["unit"]
         for path, image in files_by_class(folder / "bands", *classes, pixels, ".tif"):
             write_raster(path, image * unit, names)

@@ -87,7 +87,8 @@ def closing_table(run, state, data, experts):
     rows = [(*pair,) for pair in zip(titles, state.baselines)]
     rows.append((f"{count} distilled images{of_tiles}", best))
     rows = [(title, row["syn_lr"], row["scores"]) for title, row in rows]
-    if accuracies := experts.test_accuracies:
+    accuracies = experts.test_accuracies
+    if accuracies:
         reached = {"(experts)": f"{'':16}   {spread(accuracies)}"}
         rows.append((f"all {len(data.train[1])} images (no momentum)", None, reached))
     names = "images_best.pt, curves.png, animation.gif, results.json, ..."

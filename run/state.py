@@ -217,7 +217,8 @@ class State:
         """
         if not path.exists():
             return  # a new run
-        if fault := files.damage(path):
+        fault = files.damage(path)
+        if fault:
             raise ReportedError(
                 f"{path} is damaged ({fault}): remove it, and the run starts from scratch"
             )

@@ -118,7 +118,8 @@ def score_log(rows):
         of_network = (row["scores"][network] for row in rows)
         best = max(of_network, key=lambda scores: scores.selection_accuracy)
         for prefix, part in (("", "test"), ("Val_", "val")):
-            if values := getattr(scores, part):
+            values = getattr(scores, part)
+            if values:
                 log[f"{prefix}Accuracy/{network}"] = np.mean(values)
                 log[f"{prefix}Std/{network}"] = np.std(values)
         log[f"Max_Accuracy/{network}"] = np.mean(best.test)

@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -98,7 +99,7 @@ def checksum(file):
     """SHA-256, as a hex string, of a file opened for reading."""
     file.seek(0)
     digest = hashlib.sha256()
-    while chunk := file.read(2**20):
+    for chunk in iter(partial(file.read, 2**20), b""):
         digest.update(chunk)
     return digest.hexdigest()
 
@@ -156,7 +157,8 @@ def read_cache(path, *keys):
     except Exception as error:  # a foreign or damaged file raises whatever its bytes trigger
         warnings.warn(f"{path} cannot be read ({first_line(error)}): making it again")
         return None
-    if fault := damage(path):
+    fault = damage(path)
+    if fault:
         warnings.warn(f"{path} is damaged ({fault}): making it again")
         return None
     return content
