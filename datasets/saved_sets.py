@@ -179,16 +179,7 @@ def load_set(what, form, factor, flag):
     fits = is_image_set(images, form)
     count = len(images) * factor**2 if fits else 0
     if fits and labels.dim() and len(labels) != count:
-        of_each = len(labels) / len(images)
-        if of_each > 1 and math.isqrt(int(of_each)) ** 2 == of_each:
-            raise ReportedError(
-                f"{flag}: {what} has {of_each:.0f} labels for each image, one for each of its "
-                f"tiles: give --factor={math.isqrt(int(of_each))}"
-            )
-        if of_each == 1:
-            raise ReportedError(
-                f"{flag}: {what} has one label for each image: leave out --factor={factor}"
-            )
+        check_tiles(len(labels) / len(images), factor, f"{flag}: {what}")
     if images.dim() == 4 and images.shape[1] != form.channels:
         raise ReportedError(
             f"{flag}: the images of {what} have {images.shape[1]} bands, not {form.channels}: use "
@@ -209,17 +200,35 @@ def load_set(what, form, factor, flag):
     if is_plain(found.classes) and found.classes.shape == classes.shape:
         own = as_labels(found.classes)
         classes = own if is_label_set(own, count, form) else classes
-    targets = found.targets
-    if targets is not None:
-        shape = count, form.num_classes
-        fits = is_plain(targets) and targets.is_floating_point() and targets.shape == shape
-        if not (fits and targets.isfinite().all()):
-            raise ReportedError(
-                f"{flag}: the targets of {what} are none of a kernel machine, {shape} float32 and "
-                f"finite, but {description(targets)}"
-            )
-        targets = targets.float()
+    targets = checked_targets(found.targets, (count, form.num_classes), f"{flag}: {what}")
     return SyntheticSet(images, labels, classes, targets)
+
+
+def check_tiles(of_each, factor, where):
+    """Raise ReportedError if another --factor has as many labels for each image."""
+    if of_each > 1 and math.isqrt(int(of_each)) ** 2 == of_each:
+        raise ReportedError(
+            f"{where} has {of_each:.0f} labels for each image, one for each of its tiles: give "
+            f"--factor={math.isqrt(int(of_each))}"
+        )
+    if of_each == 1:
+        raise ReportedError(f"{where} has one label for each image: leave out --factor={factor}")
+
+
+def checked_targets(found, shape, where):
+    """The targets of kernel machines, float32 of this shape; None if there are none.
+
+    Raises ReportedError if they do not fit.
+    """
+    if found is None:
+        return None
+    fits = is_plain(found) and found.is_floating_point() and found.shape == shape
+    if not (fits and found.isfinite().all()):
+        raise ReportedError(
+            f"{where} holds no targets of a kernel machine, {shape} float32 and finite, but "
+            f"{description(found)}"
+        )
+    return found.float()
 
 
 def as_images(found):

@@ -465,3 +465,11 @@ def test_evaluations_with_other_experts_do_not_overwrite_each_other(
     paths = list(tmp_path.glob("logged_files/*/*/evaluation.json"))
     experts = {json.loads(path.read_text())["settings"]["experts"] for path in paths}
     assert len(paths) == len(experts) == 2
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(9, 10), torch.full((10, 10), torch.nan), "none"])
+def test_targets_that_are_none_are_refused(refuse, flags, targets, tmp_path):
+    content = {"image_tensor": IMAGES, "hard_labels": LABELS, "targets": targets}
+    torch.save(content, tmp_path / "set.pt")
+    what = [f"--evaluate={tmp_path / 'set.pt'}", "--lr_teacher=0.01"]
+    refuse("holds no targets of a kernel machine, (10, 10) float32 and finite", *flags, *what)
