@@ -54,14 +54,14 @@ def real_set(args, data, student, experts):
     return images, labels
 
 
-def matching_experts(args, data, student):
-    """The experts of this network on these data."""
+def matching_experts(args, data, student, label_epoch=None):
+    """The experts of this network on these data, with labels of their epoch `label_epoch`."""
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     experts = load_experts(
         folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
     )
     experts.check_settings(data.settings | {"model": args.model})
-    experts.check_label_epoch(args.label_epoch)
+    experts.check_label_epoch(label_epoch)
     return experts
 
 
@@ -76,6 +76,8 @@ def main(args, settings):
     """
     place = machine.set_up(args.device, args.compile, args.amp)
     print(place, flush=True)
+    if args.export:
+        files.check_writable(args.export)
     selection = selection_of(args)
     form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
     check_factor(args.factor, form)
@@ -96,12 +98,13 @@ def main(args, settings):
             record = exported_record(args, data)
             export_set(args.export, saved, args.lr_teacher, data, view, record)
         return
-    files.check_writable(args.log_dir)  # before minutes of training
     evaluator = evaluation.make_evaluator(args, data, pool, place)
+    if saved:
+        saved = saved.to(place.device)
     if args.task:
         run_task(args, settings, study_of(args, saved, evaluator, place))
     elif saved:
-        subject = saved_subject(args, saved, place)
+        subject = Subject(f"images of {args.evaluate}", saved.images, saved.labels, saved.targets)
         evaluate(args, settings, subject, evaluator, place)
     else:
         evaluator = evaluation.of_real_images(evaluator)
@@ -111,10 +114,11 @@ def main(args, settings):
 def check_alpha(args):
     """Raise ReportedError if networks cannot train on a saved set for lack of an α."""
     chooses_alpha = args.search_alpha or (args.task and TASKS[args.task].needs_validation)
-    if args.lr_teacher is None and (args.export or not chooses_alpha):
+    if args.lr_teacher is None and not chooses_alpha:
+        search = "" if args.export else ", or --search_alpha"
         raise ReportedError(
             f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the step "
-            "size to train with, or --search_alpha"
+            f"size to train with{search}"
         )
 
 
@@ -128,21 +132,12 @@ class Subject(NamedTuple):
     experts: Experts = NO_EXPERTS  # that chose the images, or labelled them
 
 
-def saved_subject(args, saved, place):
-    """The `Subject` of a saved set."""
-    images, labels = saved.images.to(place.device), saved.labels.to(place.device)
-    targets = saved.targets
-    if targets is not None:
-        targets = targets.to(place.device)
-    return Subject(f"images of {args.evaluate}", images, labels, targets)
-
-
 def real_subject(args, data, place):
     """The `Subject` of one of REAL_SETS, the same on all ranks."""
     student, experts = None, NO_EXPERTS
     if args.evaluate in CORESETS or LABELS[args.labels].soft:
         student = training.make_student(args.model, data.form, place.amp, data.device)
-        experts = matching_experts(args, data, student)
+        experts = matching_experts(args, data, student, args.label_epoch)
     images, labels = real_set(args, data, student, experts)
     if args.evaluate != "full" and place.ranks.size > 1:  # rounding may choose otherwise
         chosen = place.ranks.from_first((images.cpu(), labels.cpu()))
@@ -157,7 +152,9 @@ def evaluate(args, settings, subject, evaluator, place):
     """Train and test networks on a `Subject`, print the table, and write evaluation.json."""
     key, pool = (args.seed, "saved"), evaluator.pool
     title, images, labels, targets, experts = subject
+    settings = settings | inputs_of(evaluator.data, experts, place)
     evaluator.check_count(images)
+    files.check_writable(evaluation_folder(args, settings))  # before minutes of training
     if args.search_alpha:
         alphas = evaluation.search_alphas(evaluator, images, labels, key)
         shown = ", ".join(f"α = {value:g} ({name})" for name, value in alphas.items())
@@ -176,14 +173,16 @@ def evaluate(args, settings, subject, evaluator, place):
         row = {"evaluated": args.evaluate, "images": count, "scores": scores}
         row["syn_lr"] = alphas if args.search_alpha else args.lr_teacher
         (content,) = to_json([row])
-        settings = settings | recorded(experts)
         path = write_evaluation(args, settings, content, evaluator.data, place)
         print(f"\nFiles: {path}")
 
 
-def recorded(experts):
-    """The settings that tell an evaluation with these experts from one with others."""
-    return {"experts": experts.digest()} if experts.members else {}
+def inputs_of(data, experts, place):
+    """Settings that an evaluation depends on besides the flags: the machine and the inputs."""
+    inputs = {"amp": place.amp, "data": data.settings["digest"]}
+    if experts.members:
+        inputs["experts"] = experts.digest()
+    return inputs
 
 
 def write_evaluation(args, settings, content, data, place):
@@ -191,7 +190,6 @@ def write_evaluation(args, settings, content, data, place):
 
     It is named after the task, or evaluation.json without one.
     """
-    settings = settings | {"amp": place.amp, "data": data.settings["digest"]}
     content |= {"settings": settings, "data": data.settings, "device": str(place)}
     content |= {"versions": process.versions()}
     path = evaluation_folder(args, settings) / f"{args.task or 'evaluation'}.json"
@@ -220,11 +218,11 @@ def study_of(args, saved, evaluator, place):
     if task.takes_experts and trajectories.expert_files(folder):
         student = training.make_student(args.model, evaluator.data.form, place.amp, place.device)
         experts = matching_experts(args, evaluator.data, student)
-    images, labels = saved.images.to(place.device), saved.labels.to(place.device)
     searches_alpha = args.search_alpha or not task.own_alpha
     alpha = None if searches_alpha else args.lr_teacher
-    distilled = TrainingSet("the set", images, labels, evaluator, alpha)
-    classes = saved.classes[:: len(labels) // len(images)]
+    parts = saved.images, saved.labels, evaluator, alpha, saved.targets
+    distilled = TrainingSet("the set", *parts)
+    classes = saved.classes[:: distilled.tiles].cpu()
     return Study(args.evaluate, distilled, classes, args.model, experts, place, args.seed)
 
 
@@ -232,11 +230,12 @@ def run_task(args, settings, study):
     """Run a task, print its table, and write its JSON file and its picture."""
     how = f"networks: {args.num_eval}, epochs: {args.epoch_eval_train}, seed: {args.seed}"
     print(f"{len(study.classes)} images of {args.evaluate}; {how}", flush=True)
+    settings = settings | inputs_of(study.data, study.experts, study.place)
+    files.check_writable(evaluation_folder(args, settings))
     outcome = TASKS[args.task].run(study)
     print(f"\n{outcome.table}")
     if study.place.ranks.is_first:
         content = {"evaluated": args.evaluate, "task": args.task} | outcome.content
-        settings = settings | recorded(study.experts)
         path = write_evaluation(args, settings, content, study.data, study.place)
         report.save_figure(path.with_suffix(".png"), outcome.picture)
         print(f"\nFiles: {path} (and .png)")
@@ -246,19 +245,22 @@ def run_task(args, settings, study):
 # Export
 
 
-def exported_record(args, data):
-    """The content of a `files.RunRecord` of an exported set, without folders of this machine.
+OF_THIS_MACHINE = {"device", "wandb_mode", "wandb_project", "wandb_entity"}
 
-    It keeps what the images of the run started from, if that is known.
+
+def exported_record(args, data):
+    """The content of a `files.RunRecord` of an exported set, without what is of this machine.
+
+    The flags are those of its run, if that is known, and so is what the images started from.
     """
-    flags = run_flags(args)
-    for name in list(flags):
-        if isinstance(getattr(args, name), Path):
-            del flags[name]
     settings = {"data": data.settings["digest"], "classes": data.classes} | data.settings
     if args.split:
         settings["split"] = args.split.name
+    flags = run_flags(args)
     record = read_record(args.evaluate, "--evaluate")
     if record:
+        flags = record.flags
         settings["pix_init"] = record.settings.get("pix_init")
-    return {"settings": settings, "flags": flags, "wandb_id": ""}
+    left_out = {name for name in flags if isinstance(getattr(args, name), Path)}
+    flags = {name: flags[name] for name in flags.keys() - left_out - OF_THIS_MACHINE}
+    return {"settings": settings, "flags": flags | {"factor": args.factor}, "wandb_id": ""}

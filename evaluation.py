@@ -51,12 +51,15 @@ def make_pool(mode, model, form, machine):
     Raises ReportedError if one of them does not accept images of this `preprocessing.Form`.
     """
     names = dict.fromkeys(model if name == "model" else name for name in names_in(mode))
-    try:
-        networks = [name for name in names if name not in KERNELS]
-        steps = {name: training.make_sgd_step(name, form, machine) for name in networks}
-        return {name: steps.get(name) for name in names}
-    except ReportedError as error:
-        raise ReportedError(f"--eval_mode={mode}: {error}") from None
+    pool = {}
+    for name in names:
+        try:
+            kernel = name in KERNELS
+            pool[name] = None if kernel else training.make_sgd_step(name, form, machine)
+        except ReportedError as error:
+            others = "" if name == model else ". Name others, as --eval_mode=ConvNet,MLP"
+            raise ReportedError(f"--eval_mode={mode}: {error}{others}") from None
+    return pool
 
 
 MOST_IMAGES = 10_000  # that a kernel machine is trained on: its kernel takes 0.8 GB in float64

@@ -97,6 +97,8 @@ def check_commands(parser, given):
         parser.error("--search_alpha needs --evaluate: in a run, α is learned")
     if "export" in given and not is_saved(what):
         parser.error("--export needs --evaluate with a saved set")
+    if "export" in given and given.get("search_alpha"):
+        parser.error("--search_alpha and --export cannot be combined: no network is trained")
     if "task" in given:
         check_task(parser, given)
 

@@ -1,6 +1,7 @@
 """A saved set for users in Python: all that training on it takes, from a path alone."""
 
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class DistilledSet(NamedTuple):
 def load_distilled(path):
     """The `DistilledSet` of a run's folder, of a file images_*.pt in it, or of an exported set.
 
-    Raises ReportedError if the folder has no record of a run, or no such images.
+    Raises ReportedError if the folder has no record of a run, or no such images, as of --texture.
     """
     if not files.expanded(path).exists():
         raise ReportedError(f"{path} does not exist: give a run's folder, or a file in it")
@@ -44,25 +45,59 @@ def load_distilled(path):
             f"{path} belongs to no run (there is no run.json), so its data set is unknown: read "
             "its tensors with torch.load"
         )
-    flags, source = record.flags, DATASETS[record.flags["dataset"]]
-    data_path = Path(flags.get("data_path", "data"))
-    facts = recorded_facts(record, saved_folder(path))
-    classes = source.classes or facts.get("classes")
+    flags = checked(record.flags, FLAGS, path)
+    if flags["texture"]:
+        raise ReportedError(
+            f"{path} holds canvases (--texture), of which networks see random windows: read its "
+            "tensors with torch.load"
+        )
+    facts = checked(recorded_facts(record, saved_folder(path)), FACTS, path)
+    dataset, data_path = flags["dataset"], Path(flags["data_path"])
+    if dataset not in DATASETS:
+        raise ReportedError(f"{path} was made of --dataset={dataset}, which is unknown here")
+    source = DATASETS[dataset]
+    classes = source.classes or facts["classes"]
     if not (classes or source.num_classes):
         classes = class_names(data_path)
-    selection = Selection(flags.get("bands", RGB), flags.get("fill_nodata"))
-    names = record.settings.get("bands") or bands_of(flags["dataset"], data_path, selection)
-    side = side_of(flags["dataset"], flags["im_size"])
+    selection = Selection(flags["bands"], flags["fill_nodata"])
+    names = facts["bands"] or bands_of(dataset, data_path, selection)
+    side = side_of(dataset, flags["im_size"])
     form = Form(source.num_classes or len(classes), side, len(names) if names else 3)
-    factor = flags.get("factor", 1)
+    factor = flags["factor"]
     saved = load_set(path, form, factor, "--evaluate")
     images = decode(saved.images, factor)
     alpha = saved_step_size(path, "--evaluate")
     mean, std = None, None
     if not flags["zca"]:
         known = source.statistics if selection.bands == RGB else None
-        mean, std = known or (facts.get("mean"), facts.get("std"))
+        mean, std = known or (facts["mean"], facts["std"])
     return DistilledSet(images, saved.labels, alpha, classes, mean, std)
+
+
+# Entries of a record with their types, and their values where they are missing.
+FLAGS = {
+    "dataset": (str, None),
+    "data_path": (str, "data"),
+    "im_size": ((int, NoneType), None),
+    "bands": (str, RGB),
+    "fill_nodata": ((int, float, NoneType), None),
+    "zca": (bool, False),
+    "factor": (int, 1),
+    "texture": (bool, False),
+}
+FACTS = dict.fromkeys(("classes", "bands", "mean", "std"), ((list, NoneType), None))
+
+
+def checked(content, kinds, path):
+    """The entries `kinds` of a record. Raises ReportedError if one is of another type."""
+    found = {}
+    for name, (kind, missing) in kinds.items():
+        found[name] = content.get(name, missing)
+        if not isinstance(found[name], kind):
+            raise ReportedError(
+                f"the record of {path} is damaged ({name}={found[name]!r}): restore it from a copy"
+            )
+    return found
 
 
 def recorded_facts(record, folder):
@@ -70,7 +105,7 @@ def recorded_facts(record, folder):
 
     Without either, as of a run before its first evaluation, there are none.
     """
-    if "mean" in record.settings:
+    if "classes" in record.settings:
         return record.settings
     path = folder / "results.json"
     try:

@@ -48,6 +48,10 @@ class SyntheticSet(NamedTuple):
     classes: torch.Tensor  # the same as classes
     targets: torch.Tensor | None = None  # of kernel machines, float32 (n, classes)
 
+    def to(self, device):
+        """The same on a device."""
+        return SyntheticSet(*(part if part is None else part.to(device) for part in self))
+
 
 TILED = "tiled_images"  # of this project's exports: the images before their tiles are enlarged
 
@@ -122,18 +126,18 @@ REMEDY = "restore it from a copy, or remove it and give the flags of its run"
 def read_record(what, flag):
     """The `files.RunRecord` of the run that made a saved set; None: it has none, as MTT's.
 
-    Raises ReportedError for a damaged record.
+    An exported set has its own, whatever lies beside it. Raises ReportedError for a damaged record.
     """
-    record = files.read_run(saved_folder(what), REMEDY)
-    if record:
-        return record
     content = find_set(what, flag).record
-    if content is None:
-        return None
-    try:
-        return files.RunRecord(**json.loads(content))
-    except (TypeError, ValueError) as error:
-        raise ReportedError(f"{flag}: the record in {what} is damaged ({error})") from None
+    record = files.read_run(saved_folder(what), REMEDY) if content is None else None
+    if content is not None:
+        try:
+            record = files.RunRecord(**files.entries(json.loads(content), **files.RECORD_KINDS))
+        except (TypeError, ValueError) as error:
+            raise ReportedError(f"{flag}: the record in {what} is damaged ({error})") from None
+    if record and not isinstance(record.flags.get("dataset"), str):
+        raise ReportedError(f"{flag}: the record of {what} is damaged (it names no --dataset)")
+    return record
 
 
 def saved_step_size(what, flag):
@@ -246,8 +250,9 @@ def as_labels(found):
 
 def is_plain(found):
     """Tell whether this is a dense tensor of real numbers."""
-    is_dense = isinstance(found, torch.Tensor) and found.layout == torch.strided
-    return is_dense and not found.is_complex()
+    if not isinstance(found, torch.Tensor) or found.is_meta:
+        return False
+    return found.layout == torch.strided and not found.is_complex()
 
 
 def description(found):
@@ -255,7 +260,9 @@ def description(found):
     if not isinstance(found, torch.Tensor):
         return f"a {type(found).__name__}"
     kind = str(found.dtype).removeprefix("torch.")
-    values = f", {found.min():.4g} to {found.max():.4g}" if found.numel() else ""
+    values = ""
+    if found.numel() and is_plain(found):
+        values = f", {found.double().min():.4g} to {found.double().max():.4g}"
     return f"{tuple(found.shape)} {kind}{values}"
 
 

@@ -69,7 +69,7 @@ def sync(file):
 
 def check_writable(folder):
     """Raise OSError if no file can be written in a folder, which need not be there yet."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
@@ -88,7 +88,11 @@ def write_json(path, content):
 
 def read_json(path, **kinds):
     """The entries `kinds` (key=type) of a JSON object. Raises ValueError if one is missing."""
-    content = json.loads(path.read_text())
+    return entries(json.loads(path.read_text()), **kinds)
+
+
+def entries(content, **kinds):
+    """The entries `kinds` (key=type) of a dictionary. Raises ValueError if one is missing."""
     for key, kind in kinds.items():
         if not (isinstance(content, dict) and isinstance(content.get(key), kind)):
             raise ValueError(f"it has no valid {key!r}")
@@ -275,6 +279,9 @@ class RunRecord:
     wandb_id: str
 
 
+RECORD_KINDS = {"settings": dict, "flags": dict, "wandb_id": str}
+
+
 def read_run(folder, remedy="restore it from a copy, or use another --run_name"):
     """The record of the run in `folder`; None if no run was started.
 
@@ -282,7 +289,7 @@ def read_run(folder, remedy="restore it from a copy, or use another --run_name")
     """
     path = folder / RUN_RECORD
     try:
-        return RunRecord(**read_json(path, settings=dict, flags=dict, wandb_id=str))
+        return RunRecord(**read_json(path, **RECORD_KINDS))
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -191,7 +191,7 @@ FLAGS = [  # scripts, flags, what the line must name
     (
         DISTILLATION,
         "--dataset=ImageFolder --im_size=48 --eval_mode=A",
-        ["--eval_mode=A", "ResNet18", "32, not 48"],
+        ["--eval_mode=A", "ResNet18", "32, not 48", "--eval_mode=ConvNet,MLP"],
     ),
     (DISTILLATION, "--evaluate=nowhere", ["--evaluate=nowhere", "images_*.pt", "random", "full"]),
     (DISTILLATION, "--evaluate=", ["--evaluate=''", "names nothing"]),
@@ -214,6 +214,11 @@ FLAGS = [  # scripts, flags, what the line must name
         DISTILLATION,
         "--task=transfer --evaluate=nowhere --search_alpha",
         ["--task=transfer", "--search_alpha", "leave it out"],
+    ),
+    (
+        DISTILLATION,
+        "--search_alpha --export=there --evaluate=nowhere",
+        ["--search_alpha and --export", "no network is trained"],
     ),
     (
         DISTILLATION,

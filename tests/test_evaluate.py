@@ -250,6 +250,41 @@ def test_an_exported_set_is_evaluated_as_its_record_says(run_here, saved, tmp_pa
     assert done.returncode == 2 and "zca=False (here True)" in done.stderr
 
 
+def test_flags_of_an_export_do_not_take_the_place_of_those_of_the_run(
+    run_here, evaluate, flags, saved, tmp_path
+):
+    out = tmp_path / "exported"
+    other = ["--seed=7", "--num_eval=1", "--epoch_eval_train=1"]
+    done = run_here(SCRIPT, f"--evaluate={saved}", f"--export={out}", *other, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    given = json.loads((saved / "run.json").read_text())["flags"]
+    kept = json.loads(load(out / "dd_ranking.pt")["record"])["flags"]
+    assert all(kept[name] == given[name] for name in kept)
+    gone = given.keys() - kept.keys()
+    assert {"device", "data_path", "buffer_path", "wandb_mode"} <= gone and "seed" not in gone
+    data_path = f"--data_path={given['data_path']}"
+    ours, theirs = (evaluate(f"--evaluate={what}", data_path)[1] for what in (saved, out))
+    assert ours["scores"] == theirs["scores"]
+
+
+def test_an_export_keeps_its_record_beside_another_run(run_here, saved, tmp_path):
+    beside = shutil.copytree(saved, tmp_path / "beside")
+    done = run_here(SCRIPT, f"--evaluate={saved}", f"--export={beside}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((beside / "run.json").read_text())
+    record["flags"]["seed"] = 7
+    (beside / "run.json").write_text(json.dumps(record))
+    assert saved_sets.read_record(beside, "").flags["seed"] == 7
+    assert saved_sets.read_record(beside / "dd_ranking.pt", "").flags["seed"] == 0
+
+
+@pytest.mark.parametrize("record", ['{"settings": 1, "flags": {}, "wandb_id": ""}', "{", "[]"])
+def test_a_damaged_record_in_a_file_is_named(refuse, flags, record, tmp_path):
+    content = {"image_tensor": IMAGES, "hard_labels": LABELS, "record": record}
+    torch.save(content, tmp_path / "set.pt")
+    refuse("the record in", *flags, f"--evaluate={tmp_path / 'set.pt'}")
+
+
 def test_a_set_without_a_record_is_doubted(flags, evaluate, tmp_path):
     torch.save({"image_tensor": IMAGES, "hard_labels": LABELS}, tmp_path / "dd_ranking.pt")
     with pytest.warns(UserWarning, match="has no record of its settings. If it was not made for"):
@@ -428,11 +463,19 @@ def test_folders_that_cannot_be_written_are_refused_before_networks_are_trained(
 ):
     monkeypatch.setattr(evaluation.Evaluator, "__call__", None)
     (tmp_path / "file").touch()
-    for log_dir in (tmp_path / "file", tmp_path / "file" / "below"):
-        what = [f"--evaluate={saved}", f"--log_dir={log_dir}"]
+    name = tmp_path / "ImageFolder"
+    name.mkdir()
+    (name / "run").touch()
+    places = {
+        f"--log_dir={tmp_path / 'file'}": "file",
+        f"--log_dir={tmp_path / 'file/a'}": "file/a",
+    }
+    places |= {"--run_name=run": "run", f"--export={tmp_path / 'file'}": "file"}
+    for place, part in places.items():
+        what = [f"--evaluate={saved}", f"--log_dir={tmp_path}", place]
         done = run_here(SCRIPT, *flags, *what, cwd=tmp_path)
         assert done.returncode == 2
-        assert f"{log_dir} cannot be written (Not a directory" in done.stderr
+        assert f"{part} cannot be written" in done.stderr or f"{part}/evaluate" in done.stderr
 
 
 def test_too_many_images_for_a_kernel_machine_are_refused_before_networks_are_trained(
@@ -467,7 +510,11 @@ def test_evaluations_with_other_experts_do_not_overwrite_each_other(
     assert len(paths) == len(experts) == 2
 
 
-@pytest.mark.parametrize("targets", [torch.zeros(9, 10), torch.full((10, 10), torch.nan), "none"])
+TARGETS = [torch.zeros(9, 10), torch.full((10, 10), torch.nan), "none"]
+TARGETS += [torch.zeros(10, 10, dtype=torch.uint16)]
+
+
+@pytest.mark.parametrize("targets", TARGETS)
 def test_targets_that_are_none_are_refused(refuse, flags, targets, tmp_path):
     content = {"image_tensor": IMAGES, "hard_labels": LABELS, "targets": targets}
     torch.save(content, tmp_path / "set.pt")

@@ -512,10 +512,11 @@ def test_a_set_of_kip_is_one_for_kernel_machines_and_for_networks(run_here, spec
     done = run_here("distillation.py", *evaluate, "--export=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
-    exported = [*specks_flags, "--evaluate=out"]
-    done = run_here("distillation.py", *exported, cwd=tmp_path)
-    (again,) = (row for row in done.stdout.splitlines() if row.startswith("NTK"))
-    assert again.split()[1:] == line.split()[2:4]
+    for what in (["--evaluate=out"], [f"--evaluate={folder / 'images_4.pt'}", "--task=transfer"]):
+        more = ["--eval_mode=NTK", "--log_dir=logs"]
+        done = run_here("distillation.py", *specks_flags, *what, *more, cwd=tmp_path)
+        rows = [row.split() for row in done.stdout.splitlines() if row.startswith("NTK")]
+        assert line.split()[3] in rows[-1], done.stderr
 
     again = [f"--pix_init={folder / 'images_4.pt'}", "--run_name=again", "--Iteration=0"]
     done = run_here("distillation.py", *flags, *again, cwd=tmp_path)

@@ -255,9 +255,38 @@ def test_a_set_is_loaded_without_the_pictures_that_it_was_made_of(real_run, tmp_
     (alone / "run.json").write_text(json.dumps(record))
     found = load_distilled(alone)
     assert list(found.classes) == sorted(CLASS_NAMES) and len(found.mean) == 3
+    record["settings"]["bands"] = record["flags"]["zca"] = "yes"
+    (alone / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ReportedError, match=r"damaged \(zca='yes'\)"):
+        load_distilled(alone)
     (alone / "results.json").write_text("{")
+    record["flags"] |= {"zca": False}
+    (alone / "run.json").write_text(json.dumps(record))
     with pytest.raises(ReportedError, match=r"results\.json is damaged"):
         load_distilled(alone)
+
+
+def test_a_whitened_export_has_the_names_of_its_classes(
+    run_here, data_flags, tmp_path, monkeypatch
+):
+    flags = ["--objective=loss", "--Iteration=0", "--num_eval=1", "--epoch_eval_train=1", "--zca"]
+    done = run_here(SCRIPT, *data_flags, *flags, "--run_name=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "logged_files" / "ImageFolder" / "run"
+    done = run_here(SCRIPT, f"--evaluate={run}", f"--export={tmp_path / 'out'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)  # which has no data/
+    found = load_distilled(tmp_path / "out")
+    assert list(found.classes) == sorted(CLASS_NAMES) and found.mean is None
+
+
+def test_canvases_are_refused_in_python(real_run, tmp_path):
+    canvases = shutil.copytree(real_run, tmp_path / "canvases")
+    record = json.loads((canvases / "run.json").read_text())
+    record["flags"]["texture"] = True
+    (canvases / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ReportedError, match="holds canvases"):
+        load_distilled(canvases)
 
 
 def test_tiles_are_loaded_as_images_with_a_label_each():

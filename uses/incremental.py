@@ -85,7 +85,8 @@ def of_classes(training_set, seen, study):
     data = data_of_classes(study.data, seen)
     (name,) = part.evaluator.pool
     pool = {name: training.make_sgd_step(name, data.form, study.place)}
-    return replace(part, labels=labels, evaluator=replace(part.evaluator, data=data, pool=pool))
+    evaluator = replace(part.evaluator, data=data, pool=pool)
+    return replace(part, labels=labels, evaluator=evaluator, targets=None)
 
 
 def data_of_classes(data, seen):

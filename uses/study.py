@@ -25,6 +25,7 @@ class TrainingSet:
     images  (N, C, S, S), or (num_eval, N, C, S, S), a set for each network
     labels  those of their tiles, as `Evaluator` takes them
     alpha   α; None: the validation images choose it
+    targets  of kernel machines, as many as labels; None: they take the labels
     """
 
     title: str
@@ -32,6 +33,7 @@ class TrainingSet:
     labels: torch.Tensor
     evaluator: Evaluator
     alpha: float | None = None
+    targets: torch.Tensor | None = None
 
     @property
     def axis(self):
@@ -56,8 +58,13 @@ class TrainingSet:
 
     def scores(self, key):
         """`Scores` of the only network of the evaluator."""
-        (scores,) = self.evaluator(self.images, self.labels, self.alpha, key).values()
+        parts = self.images, self.labels, self.alpha, key, self.targets
+        (scores,) = self.evaluator(*parts).values()
         return scores
+
+    def of_network(self, name, alpha):
+        """The same for the networks called `name` alone, at α."""
+        return replace(self, evaluator=self.evaluator.of_network(name), alpha=alpha)
 
     def measure(self, test, key):
         """`test(network, forward)` of each network, trained as `scores` trains them."""
@@ -69,9 +76,14 @@ class TrainingSet:
         """The images `chosen` (n,), with their labels."""
         axis = self.axis
         chosen = chosen.to(self.images.device)
-        by_image = self.labels.unflatten(axis, (-1, self.tiles))
-        labels = by_image.index_select(axis, chosen).flatten(axis, axis + 1)
-        return replace(self, images=self.images.index_select(axis, chosen), labels=labels)
+
+        def of_tiles(labels):
+            by_image = labels.unflatten(axis, (-1, self.tiles))
+            return by_image.index_select(axis, chosen).flatten(axis, axis + 1)
+
+        images, labels = self.images.index_select(axis, chosen), of_tiles(self.labels)
+        targets = None if self.targets is None else of_tiles(self.targets)
+        return replace(self, images=images, labels=labels, targets=targets)
 
 
 @dataclass(frozen=True)

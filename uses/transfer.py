@@ -43,8 +43,8 @@ def results_on(training_set, key):
     results = []
     alphas = training_set.alphas(key)
     for name in training_set.evaluator.pool:
-        evaluator, alpha = training_set.evaluator.of_network(name), alphas.get(name)
-        scores = evaluator(training_set.images, training_set.labels, alpha, key)[name]
+        alpha = alphas.get(name)
+        scores = training_set.of_network(name, alpha).scores(key)
         process.write_line(f"{name:12} α = {shown(alpha):7} test {spread(scores.test)}")
         results.append(Result(training_set.title, name, alpha, scores))
     return results
