@@ -129,15 +129,12 @@ def read_record(what, flag):
     An exported set has its own, whatever lies beside it. Raises ReportedError for a damaged record.
     """
     content = find_set(what, flag).record
-    record = files.read_run(saved_folder(what), REMEDY) if content is None else None
-    if content is not None:
-        try:
-            record = files.RunRecord(**files.entries(json.loads(content), **files.RECORD_KINDS))
-        except (TypeError, ValueError) as error:
-            raise ReportedError(f"{flag}: the record in {what} is damaged ({error})") from None
-    if record and not isinstance(record.flags.get("dataset"), str):
-        raise ReportedError(f"{flag}: the record of {what} is damaged (it names no --dataset)")
-    return record
+    if content is None:
+        return files.read_run(saved_folder(what), REMEDY)
+    try:
+        return files.RunRecord(**files.entries(json.loads(content), **files.RECORD_KINDS))
+    except (TypeError, ValueError) as error:
+        raise ReportedError(f"{flag}: the record in {what} is damaged ({error})") from None
 
 
 def saved_step_size(what, flag):
