@@ -18,6 +18,9 @@ LINES = {  # lines of the figure, and how the rows of the table begin from which
     "distilled along trajectories": ["the same, then the loss", "trajectory, hard labels"],
     "tiles in the same storage": ["as 40 tiles", "as 400 tiles"],
 }
+METHODS = ("KIP, a kernel machine", "DM", "CAFE", "DC", "DSA", "trajectory")
+COLORS = {name: f"C{number}" for number, name in enumerate(METHODS)}  # of the courses
+PANELS = ("one image per class", "ten images per class")
 EVERYTHING = "all training images, evaluation's recipe"
 
 
@@ -29,10 +32,10 @@ def accuracies(row):
     return [(ipc, float(m[1]), float(m[2] or 0)) for ipc, m in zip((1, 10, 50), found) if m]
 
 
-def courses():
-    """The methods of the table of courses: names, minutes and accuracies at its iterations."""
+def courses(panel):
+    """The methods in a table of courses: names, minutes and accuracies at its iterations."""
     text = (DOCS / "results.md").read_text()
-    table = text[text.index("| method | minutes before") :]
+    table = text.split("| method | minutes before")[panel + 1]
     rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| (0: [^|]+) \|$", table, re.MULTILINE)
     for name, before, during, course in rows:
         points = [tuple(map(float, point.split(":"))) for point in course.split(",")]
@@ -42,14 +45,15 @@ def courses():
 
 
 def draw_minutes():
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for name, minutes, accuracies in courses():
-        axis.plot(minutes, accuracies, marker="o", markersize=4, label=name)
-    axis.set(xlabel="minutes of one core, experts included", ylabel="test accuracy, %")
-    axis.set(ylim=(0, 60), xlim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="lower right")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for panel, axis in enumerate(figure.subplots(1, 2)):
+        for name, minutes, accuracies in courses(panel):
+            color = COLORS[name]
+            axis.plot(minutes, accuracies, marker="o", markersize=4, label=name, color=color)
+        axis.set(xlabel="minutes of one core, experts included", title=PANELS[panel])
+        axis.set(ylabel="test accuracy, %", ylim=(0, 70), xlim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small", loc="lower right")
     figure.savefig(DOCS / "minutes.png", dpi=110)
 
 
