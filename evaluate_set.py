@@ -16,10 +16,9 @@ from cli.flags import selection_of
 from datasets import by_name
 from datasets.coresets import CORESETS, coreset
 from datasets.preprocessing import Layout, check_factor
-from datasets.saved_sets import check_set, is_saved, load_set, read_record, saved_folder
+from datasets.saved_sets import check_set, is_saved, load_set, saved_folder
 from run import report
-from run.export import export_set
-from run.folder import run_flags
+from run.export import export_set, exported_record
 from run.rules import LABELS
 from run.scores import to_json
 from system import files, machine, process
@@ -239,28 +238,3 @@ def run_task(args, settings, study):
         path = write_evaluation(args, settings, content, study.data, study.place)
         report.save_figure(path.with_suffix(".png"), outcome.picture)
         print(f"\nFiles: {path} (and .png)")
-
-
-# --------------------------------------------------------------------------------------------------
-# Export
-
-
-OF_THIS_MACHINE = {"device", "wandb_mode", "wandb_project", "wandb_entity"}
-
-
-def exported_record(args, data):
-    """The content of a `files.RunRecord` of an exported set, without what is of this machine.
-
-    The flags are those of its run, if that is known, and so is what the images started from.
-    """
-    settings = {"data": data.settings["digest"], "classes": data.classes} | data.settings
-    if args.split:
-        settings["split"] = args.split.name
-    flags = run_flags(args)
-    record = read_record(args.evaluate, "--evaluate")
-    if record:
-        flags = record.flags
-        settings["pix_init"] = record.settings.get("pix_init")
-    left_out = {name for name in flags if isinstance(getattr(args, name), Path)}
-    flags = {name: flags[name] for name in flags.keys() - left_out - OF_THIS_MACHINE}
-    return {"settings": settings, "flags": flags | {"factor": args.factor}, "wandb_id": ""}

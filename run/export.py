@@ -1,13 +1,35 @@
 """A saved set for other tools: pictures in class folders, GeoTIFFs, and dd_ranking.pt."""
 
 import json
+from pathlib import Path
 
 import utils
 from datasets.bands import write_raster
-from datasets.saved_sets import TILED
+from datasets.saved_sets import TILED, read_record
 from run import report
+from run.folder import run_flags
 from system import files
 from system.process import ReportedError
+
+OF_THIS_MACHINE = {"device", "wandb_mode", "wandb_project", "wandb_entity"}
+
+
+def exported_record(args, data):
+    """The content of a `files.RunRecord` of an exported set, without what is of this machine.
+
+    The flags are those of its run, if that is known, and so is what the images started from.
+    """
+    settings = {"data": data.settings["digest"], "classes": data.classes} | data.settings
+    if args.split:
+        settings["split"] = args.split.name
+    flags = run_flags(args)
+    record = read_record(args.evaluate, "--evaluate")
+    if record:
+        flags = record.flags
+        settings["pix_init"] = record.settings.get("pix_init")
+    left_out = {name for name in flags if isinstance(getattr(args, name), Path)}
+    flags = {name: flags[name] for name in flags.keys() - left_out - OF_THIS_MACHINE}
+    return {"settings": settings, "flags": flags | {"factor": args.factor}, "wandb_id": ""}
 
 
 def export_set(folder, saved, syn_lr, data, view, record):

@@ -86,7 +86,7 @@ def of_classes(training_set, seen, study):
     (name,) = part.evaluator.pool
     pool = {name: training.make_sgd_step(name, data.form, study.place)}
     evaluator = replace(part.evaluator, data=data, pool=pool)
-    return replace(part, labels=labels, evaluator=evaluator, targets=None)
+    return replace(part, labels=labels, evaluator=evaluator)
 
 
 def data_of_classes(data, seen):

@@ -73,17 +73,13 @@ class TrainingSet:
         return self.evaluator.measure(name, sets, self.alpha, key, test)
 
     def subset(self, chosen):
-        """The images `chosen` (n,), with their labels."""
+        """The images `chosen` (n,), with their labels; targets are those of the whole set."""
         axis = self.axis
         chosen = chosen.to(self.images.device)
-
-        def of_tiles(labels):
-            by_image = labels.unflatten(axis, (-1, self.tiles))
-            return by_image.index_select(axis, chosen).flatten(axis, axis + 1)
-
-        images, labels = self.images.index_select(axis, chosen), of_tiles(self.labels)
-        targets = None if self.targets is None else of_tiles(self.targets)
-        return replace(self, images=images, labels=labels, targets=targets)
+        by_image = self.labels.unflatten(axis, (-1, self.tiles))
+        labels = by_image.index_select(axis, chosen).flatten(axis, axis + 1)
+        images = self.images.index_select(axis, chosen)
+        return replace(self, images=images, labels=labels, targets=None)
 
 
 @dataclass(frozen=True)
