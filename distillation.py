@@ -29,7 +29,7 @@ import utils
 from cli import distillation_flags, exclusions, flags
 from cli.parser import Parser
 from cli.presets import preset_flags
-from datasets import by_name, initial_sets, saved_sets
+from datasets import by_name, initial_sets, saved_sets, set_files
 from datasets.preprocessing import Data, Layout, check_factor
 from evaluation import Evaluator, evaluate_real
 from kernels import centred_targets
@@ -99,10 +99,10 @@ def recorded_set(parser, what):
     Somebody else's record may name any folder. Its --data_path, where archives are unpacked and
     caches are written, is only taken if this project has written there before.
     """
-    record = saved_sets.read_record(what, "--evaluate")
+    record = set_files.read_record(what, "--evaluate")
     if not record:
         return {}
-    path = saved_sets.saved_folder(what) / files.RUN_RECORD
+    path = set_files.saved_folder(what) / files.RUN_RECORD
     flags = parser.checked(record.flags, path if path.exists() else what)
     if not by_name.is_in_use(flags.get("data_path", Path())):
         flags.pop("data_path", None)

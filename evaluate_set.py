@@ -16,7 +16,8 @@ from cli.flags import selection_of
 from datasets import by_name
 from datasets.coresets import CORESETS, coreset
 from datasets.preprocessing import Layout, check_factor
-from datasets.saved_sets import check_set, is_saved, load_set, saved_folder
+from datasets.saved_sets import check_set, is_saved, load_set
+from datasets.set_files import saved_folder
 from run import report
 from run.export import export_set, exported_record
 from run.rules import LABELS

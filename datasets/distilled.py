@@ -10,7 +10,8 @@ from datasets.bands import RGB
 from datasets.by_name import DATASETS, Selection, bands_of, side_of
 from datasets.folders import class_names
 from datasets.preprocessing import Form
-from datasets.saved_sets import load_set, read_record, saved_folder, saved_step_size
+from datasets.saved_sets import load_set, saved_step_size
+from datasets.set_files import read_record, saved_folder
 from system import files
 from system.process import ReportedError
 from utils import decode

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from datasets import saved_sets
+from datasets import saved_sets, set_files
 from datasets.preprocessing import PIX_INIT
 from system import files
 from system.process import ReportedError
@@ -19,7 +19,7 @@ def has_soft_labels(pix_init):
     """Tell whether --pix_init is a saved set with a row of labels for each image or tile."""
     if pix_init in PIX_INIT:
         return False
-    labels = saved_sets.find_set(pix_init, FLAG).labels
+    labels = set_files.find_set(pix_init, FLAG).labels
     return saved_sets.is_plain(labels) and labels.dim() == 2
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import utils
 from datasets.bands import write_raster
-from datasets.saved_sets import TILED, read_record
+from datasets.set_files import TILED, read_record
 from run import report
 from run.folder import run_flags
 from system import files

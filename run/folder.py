@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.saved_sets import save_set
+from datasets.set_files import save_set
 from run.scores import to_json
 from system import files
 from system.process import RankLost, ReportedError, Stopped, stop

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 import distillation
 import evaluation
 import utils
-from datasets import preprocessing, saved_sets
+from datasets import preprocessing, saved_sets, set_files
 from datasets.eurosat import CLASS_NAMES
 from datasets.preprocessing import Form
 from evaluation import Evaluator
@@ -274,8 +274,8 @@ def test_an_export_keeps_its_record_beside_another_run(run_here, saved, tmp_path
     record = json.loads((beside / "run.json").read_text())
     record["flags"]["seed"] = 7
     (beside / "run.json").write_text(json.dumps(record))
-    assert saved_sets.read_record(beside, "").flags["seed"] == 7
-    assert saved_sets.read_record(beside / "dd_ranking.pt", "").flags["seed"] == 0
+    assert set_files.read_record(beside, "").flags["seed"] == 7
+    assert set_files.read_record(beside / "dd_ranking.pt", "").flags["seed"] == 0
 
 
 @pytest.mark.parametrize("record", ['{"settings": 1, "flags": {}, "wandb_id": ""}', "{", "[]"])

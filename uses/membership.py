@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import utils
 from datasets.preprocessing import PIX_INIT, Layout, random_real
-from datasets.saved_sets import read_record
+from datasets.set_files import read_record
 from evaluation import no_images, warn_of_diverged
 from run.scores import spread
 from system import process
