@@ -13,7 +13,7 @@ import training
 import utils
 from datasets.preprocessing import Data, random_real
 from kernels import KERNELS, ROWS, centred_targets, fit
-from run.scores import Tested, scores_of, selection_rank
+from run.scores import Tested, scores_of
 from system import process, threads
 from system.compilation import Compiler
 from system.process import Interval, ReportedError, Stopped, stop
@@ -65,9 +65,19 @@ def make_pool(mode, model, form, machine):
 MOST_IMAGES = 10_000  # that a kernel machine is trained on: its kernel takes 0.8 GB in float64
 
 
-class Trainee(NamedTuple):
-    """A network to be trained."""
+class Plan(NamedTuple):
+    """A set that a network is trained on, and how."""
 
+    images: torch.Tensor  # (N, C, H, H)
+    labels: torch.Tensor  # classes (n,), or probabilities (n, classes)
+    alpha: float  # α, the learning rate
+    key: tuple  # with the network's name, seeds all that is random about it
+
+
+class Trainee(NamedTuple):
+    """A network to be trained, as its `Plan` says."""
+
+    plan: Plan
     network: torch.nn.Module
     forward: Callable  # compiled
     random: torch.Generator  # of the order of images, and of augmentation
@@ -115,8 +125,7 @@ class Evaluator:
             if name in KERNELS:
                 scores[name] = self.evaluate_kernel(name, images, targets)
             else:
-                sets = sets_of(images, labels, self.num_eval)
-                scores[name] = self.evaluate(name, sets, syn_lr, key)
+                scores[name] = self.evaluate(name, self.plans(images, labels, syn_lr, key))
         return scores
 
     def check_count(self, images):
@@ -153,30 +162,35 @@ class Evaluator:
         """The same for the networks called `name` alone."""
         return replace(self, pool={name: self.pool[name]})
 
-    def evaluate(self, name, sets, syn_lr, key):
-        """`Scores` of the networks called `name`, of all ranks, each trained on one of `sets`."""
+    def plans(self, images, labels, alpha, key):
+        """A `Plan` for each of `num_eval` networks, of what a call takes."""
+        numbers = range(self.num_eval)
+        if is_one_set(images):
+            return [Plan(images, labels, alpha, (key, number)) for number in numbers]
+        return [Plan(images[n], labels[n], alpha, (key, n)) for n in numbers]
+
+    def evaluate(self, name, plans):
+        """`Scores` of networks called `name`, one for each of `plans`, of all ranks."""
 
         def test(network, forward):
             return list(self.test(network, forward))
 
-        measured = self.measure(name, sets, syn_lr, key, test)
+        measured = self.measure(name, plans, test)
         scores = scores_of([Tested(*each) for each in measured])
-        warn_of_diverged(name, scores.diverged, len(measured), syn_lr)
+        warn_of_diverged(name, scores.diverged, len(measured), plans[0].alpha)
         return scores
 
-    def measure(self, name, sets, syn_lr, key, test):
-        """`test(network, forward)` of each trained network called `name`, of all ranks.
+    def measure(self, name, plans, test):
+        """`test(network, forward)` of trained networks called `name`, one for each of `plans`.
 
-        `sets` are what `sets_of` returns. `test` returns what `ranks.pack` takes.
+        They are those of all ranks. `test` returns what `ranks.pack` takes.
         """
-        numbers = self.ranks.mine(range(self.num_eval))
-        sets = self.ranks.mine(sets)
-        keys = [("evaluation", *key, name, number) for number in numbers]
+        mine = self.ranks.mine(plans)
         measured, stopped = [], None
         try:
-            if keys:
-                trainees = [self.fresh(name, key, self.data.device) for key in keys]
-                measured = self.train_and_test(name, trainees, sets, syn_lr, test)
+            if mine:
+                trainees = [self.fresh(name, plan) for plan in mine]
+                measured = self.train_and_test(name, trainees, test)
         except Stopped as error:  # on this rank; the others learn of it when they are done
             stopped = error.args[0]
         of_ranks = self.ranks.gather([stopped, measured])
@@ -184,65 +198,71 @@ class Evaluator:
         if signals:
             raise Stopped(signals[0], "")
         # Network n is the one of number n // ranks on rank n % ranks.
-        places = [divmod(n, len(of_ranks)) for n in range(self.num_eval)]
+        places = [divmod(n, len(of_ranks)) for n in range(len(plans))]
         return [of_ranks[rank][1][number] for number, rank in places]
 
-    def fresh(self, name, key, device):
-        """A `Trainee` called `name`; `key` seeds all that is random about it."""
-        random = utils.make_generator(*key)
-        network = utils.initial_network(name, self.data.form, random, device)
-        return Trainee(network, self.compiler(network), random)
+    def fresh(self, name, plan):
+        """A `Trainee` called `name`, with initial weights."""
+        key, number = plan.key
+        random = utils.make_generator("evaluation", *key, name, number)
+        network = utils.initial_network(name, self.data.form, random, self.data.device)
+        return Trainee(plan, network, self.compiler(network), random)
 
-    def train_and_test(self, name, trainees, sets, syn_lr, test):
-        """Train each of `trainees`, networks called `name`; a list of what `test` returns of each.
+    def train_and_test(self, name, trainees, test):
+        """Train `trainees`, networks called `name`; a list of what `test` returns of each.
 
-        `sets` has a pair for each: images (N, C, H, H) and labels, as many as the others' are.
+        Their plans have equally many images.
         """
         self.line_due.restart()
         # Such a small batch leaves most of a GPU, or of a processor's cores, idle.
-        batch = min(len(sets[0][1]), self.batch_train) * (self.augment.windows or 1)
+        batch = min(len(trainees[0].plan.labels), self.batch_train) * (self.augment.windows or 1)
         is_small = batch <= 64
         if is_small and self.pool[name]:
-            self.train_together(self.pool[name], trainees, sets, syn_lr)
+            self.train_together(self.pool[name], trainees)
             return [test(trainee.network, trainee.forward) for trainee in trainees]
         results = {}
-        todo = []
-        for trainee, train in zip(trainees, sets):
-            training = self.evaluate_synset(trainee, train, syn_lr)
-            todo.append(then_test(training, trainee, test, results))
+        todo = [self.train_then_test(trainee, test, results) for trainee in trainees]
         total = len(todo) * (self.epochs + 1)
         # A thread for each network, so that its digits do not depend on how many there are.
         each_alone = is_small and self.data.device.type == "cpu"
         with process.progress(total=total, desc=f"evaluation, {name}", unit="epochs") as bar:
             threads.in_threads(todo, each_alone, bar)
-        return [results[trainee] for trainee in trainees]
+        return [results[trainee.network] for trainee in trainees]
+
+    def train_then_test(self, trainee, test, results):
+        """Train a `Trainee`, then put what `test` returns of its network into `results`."""
+        yield from self.evaluate_synset(trainee)
+        results[trainee.network] = test(trainee.network, trainee.forward)
 
     def test(self, network, forward):
         """Test a trained network: `Tested`. One that diverged counts as guessing."""
+        return tested_on(self.data, partial(self.accuracy, network, forward))
 
-        def accuracy(images, labels):
-            return training.accuracy(network, forward, images, labels, self.batch_real)
+    def accuracy(self, network, forward, images, labels):
+        """The `training.Accuracy` of a trained network on real images."""
+        return training.accuracy(network, forward, images, labels, self.batch_real)
 
-        return tested_on(self.data, accuracy)
+    def evaluate_synset(self, trainee):
+        """Train a `Trainee` on its images, as MTT's evaluation does.
 
-    def evaluate_synset(self, trainee, train, syn_lr):
-        """Train a `Trainee` on images (N, C, H, H) and labels, as MTT's evaluation does.
-
-        `epochs` + 1 epochs of SGD at `syn_lr`, with momentum 0.9 and weight decay 5e-4. After epoch
+        `epochs` + 1 epochs of SGD at α, with momentum 0.9 and weight decay 5e-4. After epoch
         `epochs // 2 + 1`, a tenth of the learning rate and a fresh optimiser. Yields after each
         epoch.
         """
-        optimizer = training.fresh_sgd(trainee.network, syn_lr)
+        images, labels, alpha, _ = trainee.plan
+        optimizer = training.fresh_sgd(trainee.network, alpha)
         for epoch in range(self.epochs + 1):
             stop.check()
-            batches = self.draw_epoch(train[1], trainee.random)
-            training.train_epoch(trainee.forward, optimizer, train, self.augment, batches)
+            batches = self.draw_epoch(labels, trainee.random)
+            training.train_epoch(
+                trainee.forward, optimizer, (images, labels), self.augment, batches
+            )
             if epoch == self.epochs // 2 + 1:
-                optimizer = training.fresh_sgd(trainee.network, syn_lr * 0.1)
+                optimizer = training.fresh_sgd(trainee.network, alpha * 0.1)
             self.log_epoch(epoch)
             yield
 
-    def train_together(self, step, trainees, sets, syn_lr):
+    def train_together(self, step, trainees):
         """The same as `evaluate_synset`, for K networks at once, each with its own draws.
 
         `step` is `sgd_step` for these networks.
@@ -250,17 +270,19 @@ class Evaluator:
         thetas = torch.stack([parameters_to_vector(t.network.parameters()) for t in trainees])
         thetas = thetas.detach()  # (K, P), as their momenta
         momenta = torch.zeros_like(thetas)
-        rate = torch.tensor(syn_lr, device=thetas.device)
+        rates = torch.tensor([[t.plan.alpha] for t in trainees], device=thetas.device)  # (K, 1)
         name = f"evaluation, {len(trainees)} networks"
         for epoch in process.progress(range(self.epochs + 1), desc=name, unit="epochs"):
             stop.check()
-            of_networks = [self.draw_epoch(y, t.random) for (_, y), t in zip(sets, trainees)]
+            of_networks = [self.draw_epoch(t.plan.labels, t.random) for t in trainees]
             for batches in zip(*of_networks):
-                made = [self.augment(x, batch, y) for (x, y), batch in zip(sets, batches)]
+                made = []
+                for trainee, batch in zip(trainees, batches):
+                    made.append(self.augment(trainee.plan.images, batch, trainee.plan.labels))
                 x, y = (torch.stack(part) for part in zip(*made))
-                thetas, momenta = step(thetas, momenta, x, y, rate)
+                thetas, momenta = step(thetas, momenta, x, y, rates)
             if epoch == self.epochs // 2 + 1:
-                rate = rate * 0.1
+                rates = rates * 0.1
                 momenta = torch.zeros_like(momenta)
             self.log_epoch(epoch)
         for trainee, theta in zip(trainees, thetas):
@@ -300,22 +322,9 @@ def is_one_set(images):
     return len(images.shape) == 4
 
 
-def sets_of(images, labels, count):
-    """A pair of images (N, C, H, H) and labels for each of `count` networks."""
-    if is_one_set(images):
-        return [(images, labels)] * count
-    return list(zip(images, labels))
-
-
 def of_real_images(evaluator):
     """The same evaluator for real images, which are not canvases."""
     return replace(evaluator, augment=replace(evaluator.augment, windows=0))
-
-
-def then_test(training, trainee, test, results):
-    """Exhaust a `training`, then put what `test` returns of its network into `results`."""
-    yield from training
-    results[trainee] = test(trainee.network, trainee.forward)
 
 
 def warn_of_diverged(name, diverged, count, syn_lr):
@@ -336,25 +345,30 @@ def search_alphas(evaluator, images, labels, key):
     """The best α of ALPHAS for each network, by the validation accuracy of one trained with each.
 
     A set's own α was learned for the network that it was distilled with. Others may diverge at it,
-    or hardly learn. Kernel machines have none.
+    or hardly learn. All start from the same weights. Kernel machines have no α.
     """
-    pool = {name: step for name, step in evaluator.pool.items() if name not in KERNELS}
-    # Validation images take the place of the test images, which would be tested for nothing.
-    data = replace(evaluator.data, val=no_images(evaluator.data), test=evaluator.data.val)
-    single = replace(evaluator, num_eval=1, data=data, pool=pool)
     if not is_one_set(images):
         images, labels = images[0], labels[0]
-    reached = {}
-    for alpha in ALPHAS:
-        for name, scores in single(images, labels, alpha, (*key, "search")).items():
-            reached[name, alpha] = selection_rank({name: scores})
-            process.write_line(f"{name:12} α = {alpha:<7g} {scores.selection_accuracy:7.2%}")
-    return {name: max(ALPHAS, key=lambda a: reached[name, a]) for name in pool}
+    plans = [Plan(images, labels, alpha, ((*key, "search"), 0)) for alpha in ALPHAS]
 
+    def validate(network, forward):
+        found = evaluator.accuracy(network, forward, *evaluator.data.val)
+        return [found.is_finite, found.mean]  # those that diverged are last
 
-def no_images(data):
-    """A part of `Data` that has no images."""
-    return tuple(part[:0] for part in data.train)
+    best = {}
+    for name, step in evaluator.pool.items():
+        if name in KERNELS:
+            continue
+        # A graph of all networks would take longer to compile than they take to train.
+        at_once = evaluator.ranks.size if step else len(plans)
+        reached = []
+        for start in range(0, len(plans), at_once):
+            reached += evaluator.measure(name, plans[start : start + at_once], validate)
+        by_alpha = dict(zip(ALPHAS, reached))
+        for alpha, (_, accuracy) in by_alpha.items():
+            process.write_line(f"{name:12} α = {alpha:<7g} {accuracy:7.2%}")
+        best[name] = max(by_alpha, key=by_alpha.get)
+    return best
 
 
 # --------------------------------------------------------------------------------------------------

@@ -108,11 +108,12 @@ def make_sgd_step(model, form, machine):
     return machine.compiler.retrying(machine.compiler.function(step))
 
 
-def sgd_step(module, thetas, momenta, x, y, rate):
+def sgd_step(module, thetas, momenta, x, y, rates):
     """A step of SGD, momentum 0.9 and weight decay 5e-4, for K networks in one graph.
 
     thetas, momenta  parameters of ReparamModule `module`, and their momenta, (K, P)
-    x, y, rate       images (K, B, C, H, W), labels (K, B) or (K, B, classes), learning rate ()
+    x, y             images (K, B, C, H, W), labels (K, B) or (K, B, classes)
+    rates            learning rates (K, 1)
 
     Returns the new parameters and momenta.
     """
@@ -124,7 +125,7 @@ def sgd_step(module, thetas, momenta, x, y, rate):
     # libraries have few fast algorithms. In a CUDA graph, many small kernels cost little to launch.
     gradients = [grad(loss)(*tensors) for tensors in zip(thetas, x, y)]
     momenta = 0.9 * momenta + torch.stack(gradients) + 5e-4 * thetas
-    return thetas - rate * momenta, momenta
+    return thetas - rates * momenta, momenta
 
 
 @torch.no_grad()

@@ -81,6 +81,11 @@ class Data:
         channels, im_size = self.train[0].shape[1:3]
         return Form(len(self.classes), im_size, channels)
 
+    @property
+    def no_images(self):
+        """A part that has no images."""
+        return tuple(part[:0] for part in self.train)
+
     def to_pixels(self, images):
         """Images (B, C, H, H) with preprocessing undone, on the CPU.
 

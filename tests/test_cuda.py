@@ -288,11 +288,12 @@ def test_networks_that_are_evaluated_together_wait_once(waits, evaluator):
     """Once in all, for α; at most once per network and epoch would be tolerable."""
     networks = [fresh_network() for _ in range(evaluator.num_eval)]
     generators = map(utils.make_generator, range(evaluator.num_eval))
-    trainees = [evaluation.Trainee(network, None, g) for network, g in zip(networks, generators)]
-    sets = evaluation.sets_of(*on_gpu(CLASSES), evaluator.num_eval)
+    plan = evaluation.Plan(*on_gpu(CLASSES), 0.01, ())
+    pairs = zip(networks, generators)
+    trainees = [evaluation.Trainee(plan, network, None, g) for network, g in pairs]
     (step,) = evaluator.pool.values()
     waits.clear()
-    evaluator.train_together(step, trainees, sets, 0.01)
+    evaluator.train_together(step, trainees)
     assert waits.total() <= 1
     assert all(is_cuda(p) for network in networks for p in network.parameters())
 

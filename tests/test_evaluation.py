@@ -14,7 +14,7 @@ import utils
 from cli.distillation_flags import eval_mode
 from datasets import coresets
 from datasets.preprocessing import Form, Layout
-from evaluation import EVAL_POOLS, Evaluator, Trainee, make_pool, sets_of
+from evaluation import EVAL_POOLS, Evaluator, Plan, Trainee, make_pool
 from networks import ConvNet
 from reparam_module import ReparamModule
 from run.scores import Evaluations, Scores, from_json, to_json
@@ -157,12 +157,12 @@ def test_networks_trained_together_end_as_those_trained_one_after_the_other(eval
     images = torch.randn(3, 7, 3, 16, 16, generator=seeded(0), dtype=torch.float64)
     labels = torch.arange(7)
     alone, together, initial = (small_networks() for _ in range(3))
-    for network, x, k in zip(alone, images, range(3)):
-        trainee = Trainee(network, network, seeded(k))
-        list(evaluator.evaluate_synset(trainee, (x, labels), 0.02))
+    plans = [Plan(x, labels, alpha, ()) for x, alpha in zip(images, (0.01, 0.02, 0.04))]
+    for number, each in enumerate(zip(plans, alone)):
+        list(evaluator.evaluate_synset(Trainee(*each, each[1], seeded(number))))
     step = partial(training.sgd_step, ReparamModule(together[0]))
-    trainees = [Trainee(network, None, seeded(k)) for k, network in enumerate(together)]
-    evaluator.train_together(step, trainees, sets_of(images, labels.expand(3, 7), 3), 0.02)
+    each = enumerate(zip(plans, together))
+    evaluator.train_together(step, [Trainee(*pair, None, seeded(k)) for k, pair in each])
     for networks in zip(alone, together, initial):
         for p, q, start in zip(*(network.parameters() for network in networks)):
             assert not torch.equal(p, start)
@@ -187,6 +187,22 @@ def test_a_network_ends_the_same_bit_for_bit_on_any_number_of_threads(evaluator,
     assert scores[0] == scores[1] == scores[2]
     single = replace(evaluator, num_eval=1)(images[:20], labels[:20], 0.01, (0, "key"))[MODEL]
     assert single.test == scores[0].test[:1] and single.classes == scores[0].classes[:1]
+
+
+def test_each_alpha_is_tried_as_by_a_single_network(evaluator, data, set_threads, capsys):
+    set_threads(3)
+    images, labels = data.train
+    train = images[:20], labels[:20]
+    best = evaluation.search_alphas(evaluator, *train, (0,))
+    shown = capsys.readouterr().out
+    single = replace(evaluator, num_eval=1)
+    for name in evaluator.pool:
+        reached = []
+        for alpha in evaluation.ALPHAS:
+            reached += single(*train, alpha, (0, "search"))[name].val
+            assert f"{name:12} α = {alpha:<7g} {reached[-1]:7.2%}" in shown
+        assert best[name] == evaluation.ALPHAS[reached.index(max(reached))]
+        assert len(set(reached)) > 1
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -216,9 +232,9 @@ def test_networks_trained_together_keep_parameters_aligned_to_16_bytes(evaluator
     # Not a multiple of four, so that rows of (K, P) are not aligned.
     assert sum(p.numel() for p in networks[0].parameters()) % 4
     step = partial(training.sgd_step, ReparamModule(networks[0]))
-    trainees = [Trainee(network, None, seeded(k)) for k, network in enumerate(networks)]
-    sets = sets_of(torch.randn(4, 3, 16, 16), torch.arange(4), 3)
-    evaluator.train_together(step, trainees, sets, 0.01)
+    plan = Plan(torch.randn(4, 3, 16, 16), torch.arange(4), 0.01, ())
+    trainees = [Trainee(plan, network, None, seeded(k)) for k, network in enumerate(networks)]
+    evaluator.train_together(step, trainees)
     for parameter in (p for network in networks for p in network.parameters()):
         assert parameter.storage_offset() * parameter.element_size() % 16 == 0
         assert parameter.data_ptr() % 16 == 0
@@ -238,7 +254,7 @@ def test_a_pool_with_a_step_trains_its_networks_together(evaluator, data):
     assert len(scores.test) == 2 and all(0 <= accuracy <= 1 for accuracy in scores.val)
     count = sum(p.numel() for p in network.parameters())
     assert len(calls) == 4 * 8  # epochs, batches of 4
-    assert calls[0] == [(2, count), (2, count), (2, 4, 3, 16, 16), (2, 4), ()]
+    assert calls[0] == [(2, count), (2, count), (2, 4, 3, 16, 16), (2, 4), (2, 1)]
 
 
 def test_a_step_that_fails_compiled_is_taken_again_without(monkeypatch):

@@ -27,7 +27,7 @@ from outcomes import (
 
 import utils
 from datasets.preprocessing import Form
-from evaluation import Evaluator, Trainee
+from evaluation import Evaluator, Plan, Trainee
 from system import compilation, files
 from system.process import Stopped, stop
 from trajectories import load_experts
@@ -164,16 +164,16 @@ def test_networks_that_are_trained_together_stop_within_an_epoch():
     )
     steps = []
 
-    def step(thetas, momenta, x, y, rate):
+    def step(thetas, momenta, x, y, rates):
         if not steps:
             os.kill(os.getpid(), signal.SIGTERM)
-        steps.append(rate)
+        steps.append(rates)
         return thetas, momenta
 
-    train = torch.zeros(20, 3, 8, 8), torch.zeros(20, dtype=torch.int64)
-    trainee = Trainee(network, None, random)
+    plan = Plan(torch.zeros(20, 3, 8, 8), torch.zeros(20, dtype=torch.int64), 0.01, ())
+    trainee = Trainee(plan, network, None, random)
     with stop, pytest.raises(Stopped):
-        evaluator.train_together(step, [trainee], [train], 0.01)
+        evaluator.train_together(step, [trainee])
     assert len(steps) == 2  # the batches of an epoch
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-import evaluation
 import training
 import utils
 from run.scores import spread
@@ -97,8 +96,7 @@ def data_of_classes(data, seen):
         parts.append((images[of_seen], renumbered(labels[of_seen], seen)))
     names = tuple(data.classes[label] for label in seen.tolist())
     # Nobody trains on these data, and copies of the training images would take a gigabyte.
-    train = evaluation.no_images(data)
-    return replace(data, train=train, val=parts[0], test=parts[1], classes=names)
+    return replace(data, train=data.no_images, val=parts[0], test=parts[1], classes=names)
 
 
 def renumbered(labels, seen):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import utils
 from datasets.preprocessing import PIX_INIT, Layout, random_real
 from datasets.set_files import read_record
-from evaluation import no_images, warn_of_diverged
+from evaluation import warn_of_diverged
 from run.scores import spread
 from system import process
 from uses.study import Outcome, TrainingSet, new_figure, random_images
@@ -166,7 +166,7 @@ def own_images(training_set):
     """The real images of all networks that have their own, with classes; none of tiles."""
     images, labels = training_set.images, training_set.labels
     if not training_set.axis or training_set.tiles > 1:
-        return no_images(training_set.evaluator.data)
+        return training_set.evaluator.data.no_images
     return images.flatten(0, 1), labels.flatten()
 
 

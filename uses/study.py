@@ -69,8 +69,8 @@ class TrainingSet:
     def measure(self, test, key):
         """`test(network, forward)` of each network, trained as `scores` trains them."""
         (name,) = self.evaluator.pool
-        sets = evaluation.sets_of(self.images, self.labels, self.evaluator.num_eval)
-        return self.evaluator.measure(name, sets, self.alpha, key, test)
+        plans = self.evaluator.plans(self.images, self.labels, self.alpha, key)
+        return self.evaluator.measure(name, plans, test)
 
     def subset(self, chosen):
         """The images `chosen` (n,), with their labels; targets are those of the whole set."""
