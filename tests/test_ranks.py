@@ -1,6 +1,8 @@
 """Several processes for one run: the same as one, and what happens when one of them ends."""
 
+import contextlib
 import functools
+import io
 import os
 import signal
 import socket
@@ -14,6 +16,7 @@ from conftest import arguments, make_state
 from outcomes import assert_same_experts, folder_of, hidden
 from processes import ROOT, Process, context, start_server
 
+import evaluation
 import utils
 from datasets.preprocessing import Data, Form
 from evaluation import Evaluator
@@ -90,11 +93,18 @@ def computed(ranks, objective, shard_batch, windows):
 
 
 def evaluated(ranks):
-    """The scores of five networks; two ranks have three and two, four ranks two and one."""
+    """The scores of five networks, and what a search of α prints.
+
+    Two ranks have three of the networks and two, four ranks two and one.
+    """
     data = make_data()
     how = {"batch_train": 8, "batch_real": 8, "compiler": Compiler(False), "ranks": ranks}
     evaluator = Evaluator(data, {"MLP": None}, 5, 3, augment=Augment(SIDE, DSA), **how)
-    return vars(evaluator(*data.train, 0.05, (0, "key"))["MLP"])
+    scores = vars(evaluator(*data.train, 0.05, (0, "key"))["MLP"])
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        evaluation.search_alphas(evaluator, *data.train, (0,))
+    return scores, shown.getvalue().splitlines()
 
 
 KINDS = {
@@ -120,7 +130,7 @@ def compute(path, environment):
     torch.set_default_dtype(torch.float64)
     ranks = join(torch.device("cpu"))
     content = {name: computed(ranks, *kind) for name, kind in KINDS.items()}
-    content["scores"] = evaluated(ranks)
+    content["scores"], content["search"] = evaluated(ranks)
     seen = ranks.gather([gradient.sum() for gradient in content["loss, batches, 0 windows"]])
     content["alike"] = all(torch.equal(*pair) for s in seen for pair in zip(s, seen[0]))
     if ranks.is_first:
@@ -158,6 +168,8 @@ def test_gradients_are_the_same_on_any_number_of_ranks(results, kind, size):
 def test_evaluations_are_the_same_on_any_number_of_ranks_bit_for_bit(results, size):
     assert len(set(results[1]["scores"]["test"])) > 1
     assert results[size]["scores"] == results[1]["scores"]
+    assert len(set(results[1]["search"])) == len(evaluation.ALPHAS)
+    assert results[size]["search"] == results[1]["search"]
 
 
 @pytest.mark.parametrize(
