@@ -80,14 +80,14 @@ def parse_args():
         saved["lr_teacher"] = saved_sets.saved_step_size(what, "--evaluate")
         if "task" in given:
             saved["eval_mode"] = TASKS[given["task"]].eval_mode or "S"
-    elif isinstance(start, Path):
-        alpha = saved_sets.saved_step_size(start, "--pix_init")
-        if alpha:
-            saved["lr_teacher"] = alpha
     elif what:  # real images; nothing is learned of them, whatever a preset says
         saved = {"labels": "hard"}
         if what == "full":
             saved["epoch_eval_train"] = 50  # an epoch has far more steps
+    elif isinstance(start, Path):
+        alpha = saved_sets.saved_step_size(start, "--pix_init")
+        if alpha:
+            saved["lr_teacher"] = alpha
     args = distillation_flags.completed(parser, preset, saved, given)
     exclusions.check_combinations(parser, args)
     return args
@@ -198,7 +198,9 @@ def initial_state(args, inputs):
     """The state of a run that begins: images, labels and α, and how they are learned."""
     layout = Layout(args.ipc, args.factor, args.canvas_size if args.texture else 1)
     random = utils.make_generator("distillation", args.seed)
-    start, source = initial_sets.initial_set(args.pix_init, layout, inputs.data, random)
+    start, source = initial_sets.initial_set(
+        args.pix_init, layout, args.texture, inputs.data, random
+    )
     logits = initial_logits(args, inputs, start)
     objective = OBJECTIVES[args.objective]
     rules = Rules(

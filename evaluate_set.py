@@ -19,7 +19,7 @@ from datasets.preprocessing import Layout, check_factor
 from datasets.saved_sets import check_set, is_saved, load_set
 from datasets.set_files import saved_folder
 from run import report
-from run.export import export_set, exported_record
+from run.export import check_free, export_set, exported_record
 from run.rules import LABELS
 from run.scores import to_json
 from system import files, machine, process
@@ -77,6 +77,7 @@ def main(args, settings):
     place = machine.set_up(args.device, args.compile, args.amp)
     print(place, flush=True)
     if args.export:
+        check_free(args.export)
         files.check_writable(args.export)
     selection = selection_of(args)
     form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
@@ -85,7 +86,8 @@ def main(args, settings):
     saved = None
     if is_saved(args.evaluate):
         saved = load_set(args.evaluate, form, args.factor, "--evaluate")
-        check_alpha(args)
+        if not args.export:
+            check_alpha(args)
     raw = by_name.read_dataset(
         args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
     )
@@ -115,10 +117,9 @@ def check_alpha(args):
     """Raise ReportedError if networks cannot train on a saved set for lack of an α."""
     chooses_alpha = args.search_alpha or (args.task and TASKS[args.task].needs_validation)
     if args.lr_teacher is None and not chooses_alpha:
-        search = "" if args.export else ", or --search_alpha"
         raise ReportedError(
             f"{saved_folder(args.evaluate)} holds no α (syn_lr_*.pt): give --lr_teacher, the step "
-            f"size to train with{search}"
+            "size to train with, or --search_alpha"
         )
 
 

@@ -32,6 +32,7 @@ def k_center(features, count):
     while len(chosen) < count:
         distances = (features - features[chosen[-1]]).square().sum(1)
         nearest = torch.minimum(nearest, distances)
+        nearest[chosen] = -1  # never twice, where rows are equal
         chosen.append(int(nearest.argmax()))
     return chosen
 

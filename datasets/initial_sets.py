@@ -23,7 +23,7 @@ def has_soft_labels(pix_init):
     return saved_sets.is_plain(labels) and labels.dim() == 2
 
 
-def initial_set(pix_init, layout, data, generator):
+def initial_set(pix_init, layout, texture, data, generator):
     """The initial `SyntheticSet` of a run, images (K, C, S, S), and what --pix_init stands for.
 
     Raises ReportedError if a saved set does not have this `preprocessing.Layout`, or was made for
@@ -34,8 +34,7 @@ def initial_set(pix_init, layout, data, generator):
         return saved_sets.SyntheticSet(images, classes, classes), pix_init
     loaded = saved_sets.load_set(pix_init, data.form, layout.factor, FLAG)
     images = loaded.images
-    has_canvases = layout.canvas_size > 1
-    saved_sets.check_set(pix_init, images, has_canvases, data.settings, data.form, FLAG)
+    saved_sets.check_set(pix_init, images, texture, data.settings, data.form, FLAG)
     shape = layout.shape(data.form)
     if images.shape != shape:
         raise ReportedError(

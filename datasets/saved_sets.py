@@ -131,14 +131,16 @@ def checked_targets(found, shape, where):
 
 
 def as_images(found):
-    """The same in float32."""
-    return found.detach().float() if found.is_floating_point() else found
+    """The same in float32, contiguous."""
+    found = found.detach().contiguous()
+    return found.float() if found.is_floating_point() else found
 
 
 def as_labels(found):
     """Classes as int64, probabilities and one-hot rows as float32."""
+    found = found.detach().contiguous()
     if found.dim() != 1:
-        return found.detach().float()
+        return found.float()
     classes = found.to(torch.int64)
     return classes if torch.equal(classes.to(found.dtype), found) else found
 

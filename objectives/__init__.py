@@ -54,7 +54,7 @@ OBJECTIVES = {  # --objective
         standstill=1.0,
         learns_alpha=True,
         labels=("hard", "soft", "learned"),
-        refuses=(),
+        refuses=("total_steps", "batch_objective"),
     ),
     "loss": Objective(
         make_real_loss,
@@ -64,7 +64,7 @@ OBJECTIVES = {  # --objective
         clips=True,
         learns_alpha=True,
         labels=("hard", "soft", "learned"),
-        refuses=(),
+        refuses=OF_EXPERTS,
     ),
     "dc": Objective(
         make_gradients,

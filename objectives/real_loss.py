@@ -1,7 +1,7 @@
 """A fresh student should reach a low loss on real images (Wang et al. 2018, RaT-BPTT)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -54,12 +54,19 @@ def real_loss(student):
     return loss
 
 
+def real_augment(args, form, apply=utils.apply_group):
+    """The augmentation of the real images."""
+    groups = () if args.no_aug else utils.augment_groups(args.dsa, args.dsa_strategy)
+    return Augment(form.im_size, groups, apply=apply)
+
+
 def make_real_loss(args, inputs, state):
     """The iteration of --objective=loss."""
+    apply = utils.group_function(inputs.machine.compiler, inputs.data.device)
     goal = RealLoss(
         model=args.model,
         data=inputs.data,
-        augment=replace(inputs.evaluator.augment, windows=0, factor=1),
+        augment=real_augment(args, inputs.data.form, apply),
         batch=args.batch_objective,
         total_steps=args.total_steps,
         syn_steps=args.syn_steps,

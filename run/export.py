@@ -32,6 +32,16 @@ def exported_record(args, data):
     return {"settings": settings, "flags": flags | {"factor": args.factor}, "wandb_id": ""}
 
 
+def check_free(folder):
+    """Raise ReportedError if the folder already has an exported set."""
+    for there in (folder / "images", folder / "bands", folder / "dd_ranking.pt"):
+        if there.exists():
+            raise ReportedError(
+                f"--export={folder}: {there.name} is there already: remove it, or name another "
+                "folder"
+            )
+
+
 def export_set(folder, saved, syn_lr, data, view, record):
     """Write a `saved_sets.SyntheticSet` into a folder.
 
@@ -44,15 +54,8 @@ def export_set(folder, saved, syn_lr, data, view, record):
     GeoTIFFs of them all, in the numbers of the data's own files. DD-Ranking's dictionary has what
     networks learn from, and the record of the run, so that --evaluate takes it as it was. Tiles are
     images of their own there; the images that hold them are beside them, for this project alone.
-    Every class has a folder, so that `ImageFolder` numbers them alike. Raises ReportedError if the
-    folder already has an exported set.
+    Every class has a folder, so that `ImageFolder` numbers them alike.
     """
-    for there in (folder / "images", folder / "bands", folder / "dd_ranking.pt"):
-        if there.exists():
-            raise ReportedError(
-                f"--export={folder}: {there.name} is there already: remove it, or name another "
-                "folder"
-            )
     factor = record["flags"]["factor"]
     images = utils.decode(saved.images, factor)
     pixels = data.to_pixels(images)

@@ -84,13 +84,13 @@ def closing_table(run, state, data, experts):
     tiles = len(state.label_syn) // count
     of_tiles = f" of {tiles} tiles" if tiles > 1 else ""
     titles = [f"{count} random real images{of_tiles}", "the same, at the learned α"]
-    rows = [(*pair,) for pair in zip(titles, state.baselines)]
+    rows = list(zip(titles, state.baselines))
     rows.append((f"{count} distilled images{of_tiles}", best))
     rows = [(title, row["syn_lr"], row["scores"]) for title, row in rows]
     accuracies = experts.test_accuracies
     if accuracies:
         reached = {"(experts)": f"{'':16}   {spread(accuracies)}"}
-        rows.append((f"all {len(data.train[1])} images (no momentum)", None, reached))
+        rows.append((f"all {len(data.train[1])} images", None, reached))
     names = "images_best.pt, curves.png, animation.gif, results.json, ..."
     return (
         f"\nBest iteration: {best['iteration']}\n{report.closing_table(rows)}\n"

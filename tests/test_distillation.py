@@ -13,6 +13,7 @@ from PIL import Image
 import utils
 from datasets import folders
 from datasets.preprocessing import Form, Layout, noise
+from objectives.real_loss import real_augment
 from objectives.segments import student_augment
 from run.state import first_fault
 from system import compilation, devices
@@ -180,7 +181,7 @@ def test_a_run_ends_with_a_table_of_real_distilled_and_all_images(whole_run):
         "8 random real images         0.00001",
         f"the same, at the learned α   {learned}",
         f"8 distilled images           {learned}",
-        "all 56 images (no momentum)",
+        "all 56 images",
     ):
         assert sum(line.startswith(start) and "%" in line for line in lines) == 1, start
     assert folder.name in lines[-1]
@@ -381,20 +382,30 @@ def test_texture_distills_canvases_tiled_with_real_images(distill, data):
     assert record["evaluations"][2]["loss"] > 0
 
 
+def test_texture_continues_canvases_as_small_as_images(distill, tmp_path):
+    flags = ["--texture", "--canvas_size=1", "--Iteration=0"]
+    start, _ = distill(*flags, "--run_name=start")
+    start = start.rename(tmp_path / "start")
+    folder, _ = distill(*flags, f"--pix_init={start}", "--run_name=on")
+    assert torch.equal(load(folder / "images_0.pt"), load(start / "images_0.pt"))
+
+
 @pytest.mark.parametrize(
-    "changes, groups",
+    "changes, groups, real_groups",
     [
-        ({}, ("color", "flip")),
-        ({"no_aug": True}, ()),
-        ({"dsa": False}, ()),  # plain augmentation cannot be differentiated
+        ({}, ("color", "flip"), ("color", "flip")),
+        ({"no_aug": True}, (), ()),
+        ({"dsa": False}, (), ("plain",)),  # which cannot be differentiated
     ],
 )
-def test_the_student_sees_augmented_images_unless_told_otherwise(changes, groups):
+def test_the_student_sees_augmented_images_unless_told_otherwise(changes, groups, real_groups):
     args = arguments(dsa_strategy="color_flip", canvas_samples=3, **changes)
     augment = student_augment(args, Form(4, 8))
     assert (augment.side, augment.groups, augment.windows) == (8, groups, 0)
     args.texture = True
     assert student_augment(args, Form(4, 8)).windows == 3
+    real = real_augment(args, Form(4, 8))
+    assert (real.side, real.groups, real.windows) == (8, real_groups, 0)
 
 
 # --------------------------------------------------------------------------------------------------

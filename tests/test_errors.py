@@ -128,9 +128,11 @@ FLAGS = [  # scripts, flags, what the line must name
     (DISTILLATION, "--labels=easy", ["--labels", "easy", "hard", "soft", "learned"]),
     (
         DISTILLATION,
-        "--objective=loss --total_steps=3 --syn_steps=4",
+        "--objective=loss --expert_epochs=3 --max_start_epoch=25 --total_steps=3 --syn_steps=4",
         ["--total_steps=3", "--syn_steps=4"],
     ),
+    (DISTILLATION, "--total_steps=99", ["--total_steps=99", "no meaning", "trajectory"]),
+    (DISTILLATION, "--objective=loss --expert_epochs=9", ["--expert_epochs=9", "no meaning"]),
     (DISTILLATION, "--shard_batch --unroll=autograd", ["--shard_batch", "--unroll=autograd"]),
     (DISTILLATION, "--unroll=tesla", ["--unroll", "tesla", "adjoint", "autograd"]),
     # data

@@ -129,6 +129,12 @@ def test_a_preset_with_learned_labels_leaves_real_images_theirs(monkeypatch):
     assert distillation.parse_args().labels == "soft"
 
 
+def test_real_images_keep_their_defaults_beside_an_initial_set(monkeypatch, saved):
+    monkeypatch.setattr(sys, "argv", ["distillation.py", "--evaluate=full", f"--pix_init={saved}"])
+    args = distillation.parse_args()
+    assert (args.epoch_eval_train, args.lr_teacher) == (50, 0.01)
+
+
 def test_alpha_is_searched_for_a_set_that_has_none(evaluate, saved, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "ALPHAS", (0.01,))
     for name in ("images", "labels"):
@@ -155,7 +161,7 @@ def test_evaluations_with_other_settings_do_not_overwrite_each_other(run_here, s
     assert len(list(tmp_path.glob("ImageFolder/evaluate_run_*/evaluation.json"))) == 3
 
 
-def test_mtts_bare_tensors_need_a_step_size(evaluate, refuse, saved, flags, tmp_path):
+def test_mtts_bare_tensors_need_a_step_size(evaluate, refuse, run_here, saved, flags, tmp_path):
     bare = tmp_path / "mtt"
     bare.mkdir()
     for name in ("images", "labels"):
@@ -163,6 +169,9 @@ def test_mtts_bare_tensors_need_a_step_size(evaluate, refuse, saved, flags, tmp_
     refuse("give --lr_teacher", *flags, f"--evaluate={bare}")
     _, record = evaluate(*flags, f"--evaluate={bare}", "--lr_teacher=0.03")
     assert record["syn_lr"] == 0.03 and record["images"] == 10
+    done = run_here(SCRIPT, *flags, f"--evaluate={bare}", "--export=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr  # no network is trained
+    assert torch.load(tmp_path / "out" / "dd_ranking.pt", weights_only=True)["syn_lr"] is None
 
 
 def test_random_and_full_are_the_baselines(evaluate, flags):
@@ -322,6 +331,13 @@ def test_a_set_keeps_its_own_classes_beside_soft_labels(tmp_path):
     del content["hard_labels"]
     torch.save(content, tmp_path / "dd_ranking.pt")
     assert torch.equal(saved_sets.load_set(tmp_path, Form(10, 16), 1, "--evaluate").classes, hard)
+
+
+def test_a_set_whose_memory_is_in_another_order_is_read(tmp_path):
+    torch.save(IMAGES.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), tmp_path / "images.pt")
+    torch.save(torch.arange(10), tmp_path / "labels.pt")
+    loaded = saved_sets.load_set(tmp_path / "images.pt", Form(10, 16), 1, "--pix_init")
+    assert loaded.images.is_contiguous() and torch.equal(loaded.images, IMAGES)
 
 
 def test_labels_that_are_logits_are_taken_as_such(tmp_path):

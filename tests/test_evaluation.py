@@ -133,6 +133,10 @@ def test_k_center_leaves_no_row_far_from_those_it_chooses():
     assert coresets.k_center(features, 3) == [2, 4, 5]
 
 
+def test_k_center_takes_no_row_twice():
+    assert sorted(coresets.k_center(torch.tensor([[0.0], [0.0], [0.0], [1.0]]), 4)) == [0, 1, 2, 3]
+
+
 def test_a_coreset_has_its_images_from_each_class_and_features_of_its_class_alone(data):
     seen = []
 

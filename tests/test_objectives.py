@@ -321,6 +321,7 @@ def test_an_engine_that_fails_compiled_is_called_once_more(monkeypatch, which):
 
 
 LOSS = ["--objective=loss", "--optimizer_img=adam", "--batch_objective=16"]
+LOSS += ["--expert_epochs=3", "--max_start_epoch=25"]  # the defaults: it follows no experts
 
 
 def run_flags(specks_run):

@@ -97,6 +97,7 @@ KINDS = {
     "loss": ["--objective=loss", "--optimizer_img=adam", "--total_steps=5", "--labels=learned"],
     "tiles": ["--factor=2", "--labels=learned", "--optimizer_lr=log_adam", "--ema=0.5"],
 }
+KINDS["loss"] += ["--expert_epochs=3", "--max_start_epoch=25"]  # the defaults: it has no experts
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)

@@ -245,7 +245,7 @@ def test_the_closing_table_compares_real_distilled_and_all_images(run):
     assert distilled.split() == (
         "4 distilled images 0.01100 MLP 60.00% ± 10.00% 60.00% ± 10.00%".split()
     )
-    assert experts.split() == "all 9 images (no momentum) (experts) 85.00% ± 5.00%".split()
+    assert experts.split() == "all 9 images (experts) 85.00% ± 5.00%".split()
     assert experts.index("85.00%") == distilled.rindex("60.00%")  # the column of the test set
     assert str(run.folder) in place
 
