@@ -35,7 +35,8 @@ def check_objective(parser, args):
 
 def check_combinations(parser, args):
     """Refuse flags of distillation.py that cannot be combined."""
-    if not args.evaluate:  # which has no objective
+    # An evaluation has no objective, and a resumed run's flags were checked when it started.
+    if not (args.evaluate or args.resume):
         check_objective(parser, args)
     if args.total_steps < args.syn_steps:
         reason = f"lower than --syn_steps={args.syn_steps}, which are part of them"
