@@ -133,22 +133,19 @@ def load_inputs(args):
     # Milliseconds: what is known from the flags alone.
     place = machine.set_up(args.device, args.compile, args.amp)
     selection = flags.selection_of(args)
-    form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
+    form = selection.form
     check_factor(args.factor, form)
     OBJECTIVES[args.objective].check_ranks(args, form, place.ranks.size)
     batch_syn_of(args, form)
-    bands = by_name.bands_of(args.dataset, args.data_path, selection)
-    if bands:
-        report.shown_bands(bands, args.show_bands)
+    if selection.names:
+        report.shown_bands(selection.names, args.show_bands)
     student = training.make_student(args.model, form, place.amp, place.device)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
 
     # Seconds: files are memory-mapped, and only segments that can be drawn are read.
     experts = find_experts(args, student)
     print(place, flush=True)
-    raw = by_name.read_dataset(
-        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
-    )
+    raw = by_name.read_dataset(selection)
     experts.check_settings(raw.settings | {"model": args.model})
 
     # Minutes, where images are whitened for the first time.

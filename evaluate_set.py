@@ -80,7 +80,7 @@ def main(args, settings):
         check_free(args.export)
         files.check_writable(args.export)
     selection = selection_of(args)
-    form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
+    form = selection.form
     check_factor(args.factor, form)
     pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
     saved = None
@@ -88,9 +88,7 @@ def main(args, settings):
         saved = load_set(args.evaluate, form, args.factor, "--evaluate")
         if not args.export:
             check_alpha(args)
-    raw = by_name.read_dataset(
-        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
-    )
+    raw = by_name.read_dataset(selection)
     if saved:
         check_set(args.evaluate, saved.images, args.texture, raw.settings, form, "--evaluate")
     data = raw.preprocessed(place.device)

@@ -195,7 +195,7 @@ def main():
     place = machine.set_up(args.device, args.compile, args.amp)
     print(place, flush=True)
     selection = selection_of(args)
-    form = by_name.form_of(args.dataset, args.data_path, args.im_size, selection)
+    form = selection.form
     # An unknown network is refused here, before the data are loaded.
     network = utils.initial_network(args.model, form, utils.make_generator(0), place.device)
     fault = student_fault(network)
@@ -206,9 +206,7 @@ def main():
     training = training_settings(args, place.amp)
     folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
     seeds_in(folder, training | {"val_fraction": args.val_fraction})
-    raw = by_name.read_dataset(
-        args.dataset, args.data_path, args.im_size, args.val_fraction, args.zca, selection
-    )
+    raw = by_name.read_dataset(selection)
     settings = raw.settings | {"model": args.model}
     seeds_in(folder, settings | training)
     data = raw.preprocessed(place.device)

@@ -1,6 +1,7 @@
 """The flags that both scripts have, by topic."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -135,8 +136,8 @@ def check_split(parser, given):
 
 
 def selection_of(args):
-    """The part of the data set that flags select."""
-    return Selection(args.bands, args.fill_nodata, args.split)
+    """The `Selection` of data that flags make."""
+    return Selection(**{field.name: getattr(args, field.name) for field in fields(Selection)})
 
 
 def wandb_options(args):

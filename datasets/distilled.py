@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from datasets.bands import RGB
-from datasets.by_name import DATASETS, Selection, bands_of, side_of
+from datasets.by_name import DATASETS, Selection
 from datasets.folders import class_names
 from datasets.preprocessing import Form
 from datasets.saved_sets import load_set, saved_step_size
@@ -60,10 +60,10 @@ def load_distilled(path):
     classes = source.classes or facts["classes"]
     if not (classes or source.num_classes):
         classes = class_names(data_path)
-    selection = Selection(flags["bands"], flags["fill_nodata"])
-    names = facts["bands"] or bands_of(dataset, data_path, selection)
-    side = side_of(dataset, flags["im_size"])
-    form = Form(source.num_classes or len(classes), side, len(names) if names else 3)
+    of_bands = {"bands": flags["bands"], "fill_nodata": flags["fill_nodata"]}
+    selection = Selection(dataset, data_path, flags["im_size"], **of_bands)
+    names = facts["bands"] or selection.names
+    form = Form(source.num_classes or len(classes), selection.side, len(names) if names else 3)
     factor = flags["factor"]
     saved = load_set(path, form, factor, "--evaluate")
     images = decode(saved.images, factor)

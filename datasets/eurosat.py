@@ -113,6 +113,11 @@ def load_eurosat_bands(data_path, im_size, fill_nodata):
     return read
 
 
+def band_names(data_path):
+    """The names of Sentinel-2's bands in EuroSAT's order; `data_path` is not read."""
+    return tuple(SENTINEL_2)
+
+
 def place_of(data_path):
     """The folder of the caches, for --data_path: a folder, or the archive in it."""
     return data_path.parent if data_path.is_file() else data_path

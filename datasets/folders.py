@@ -37,7 +37,7 @@ def load_folder_bands(data_path, im_size, fill_nodata):
 
 def folder_bands(data_path):
     """The bands of the GeoTIFFs in class folders by position, "1" to the first file's last."""
-    listing = list_folder(data_path)
+    listing = listing_of(Walk(data_path))
     count = count_bands(listing.folder / listing.paths[0])
     return tuple(str(number) for number in range(1, count + 1))
 
@@ -45,9 +45,16 @@ def folder_bands(data_path):
 def list_folder(data_path):
     """The `Listing` of all pictures in class folders; warns of what is left out."""
     walk = Walk(data_path)
+    listing = listing_of(walk)
+    walk.warn_of_left_out()
+    return listing
+
+
+def listing_of(walk):
+    """The `Listing` of the pictures that a `Walk` has found."""
+    data_path = walk.data_path
     parts = parts_of(walk.root, data_path)
     samples = [samples_of(part, data_path) for part in parts]
-    walk.warn_of_left_out()
     paths, labels = zip(*(sample for part in samples for sample in part))
     num_test = len(samples[1]) if len(samples) > 1 else None
     return Listing(data_path, paths, labels, tuple(parts[0].classes), num_test)

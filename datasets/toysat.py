@@ -1,11 +1,16 @@
 """ToySAT, a drawn stand-in for EuroSAT: the same ten classes, told apart by form more than colour.
 
-It needs no download, and trains in seconds. `draw_toysat` draws it. Everything else serves that
-function.
+It needs no download, and trains in seconds. `draw_toysat` draws it.
 """
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
+
+from datasets.eurosat import CLASS_NAMES, IM_SIZE
+from datasets.pictures import Images
+from system.process import ReportedError
 
 # Palettes, one colour per column. Classes share them, so that mean colour alone tells few of them
 # apart. The rows are red, green, blue, near and short-wave infrared, in the manner of the spectra
@@ -266,3 +271,38 @@ def write_toysat(folder, per_class, seed=0):
         path = folder / name / f"{name}_{index % per_class + 1}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.transpose(1, 2, 0)).save(path, quality=90)
+
+
+# --------------------------------------------------------------------------------------------------
+# As a data set
+
+
+def load_toysat(data_path, im_size=IM_SIZE, per_class=300):
+    """`Images` of ToySAT, a drawn stand-in for EuroSAT; `data_path` is not read."""
+    # A version instead of a digest, since the last bit of a sine differs between processors.
+    # Increment it with every change to the drawing, so that older experts and caches no longer fit.
+    return toysat_images(draw_toysat(per_class), f"toysat-1-{per_class}", im_size)
+
+
+def load_toysat_bands(data_path, im_size=IM_SIZE, fill_nodata=None, per_class=300):
+    """The same with all of ToySAT's bands. Raises ReportedError for --fill_nodata."""
+    if fill_nodata is not None:
+        raise ReportedError(
+            f"--fill_nodata={fill_nodata:g}: every pixel of ToySAT has data: leave it out"
+        )
+    drawn = draw_toysat(per_class, bands=len(BANDS))
+    return toysat_images(drawn, f"toysat-bands-1-{per_class}", im_size)
+
+
+def band_names(data_path):
+    """The names of ToySAT's bands; `data_path` is not read."""
+    return BANDS
+
+
+def toysat_images(drawn, version, im_size):
+    """`Images` of drawn images and labels, scaled."""
+    images, labels = map(torch.from_numpy, drawn)
+    if im_size != IM_SIZE:
+        images = F.interpolate(images.float(), size=im_size, mode="area").round().byte()
+        version += f"-{im_size}"
+    return Images(images, labels, version, CLASS_NAMES)

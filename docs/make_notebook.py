@@ -90,9 +90,9 @@ print(f"loss on the ten images: {loss.item():.3f}")""",
 The test images are real, and the network has seen none.""",
     """from pathlib import Path
 
-from datasets.by_name import read_dataset
+from datasets.by_name import Selection, read_dataset
 
-raw = read_dataset("EuroSAT", Path(DATA), im_size=None, val_fraction=0.1, zca=False)
+raw = read_dataset(Selection("EuroSAT", Path(DATA), val_fraction=0.1))
 x = raw.images[raw.split.test].float() / 255
 y = raw.labels[raw.split.test]
 with torch.no_grad():

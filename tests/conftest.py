@@ -54,7 +54,8 @@ def make_state(args, data, logits=None):
 
 def load_data(dataset, data_path, zca, val_fraction, device, im_size=None):
     """A data set, read and preprocessed."""
-    raw = by_name.read_dataset(dataset, data_path, im_size, val_fraction, zca)
+    selection = by_name.Selection(dataset, data_path, im_size, val_fraction, zca)
+    raw = by_name.read_dataset(selection)
     return raw.preprocessed(torch.device(device))
 
 

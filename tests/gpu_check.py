@@ -228,7 +228,7 @@ def check_evaluation(setup):
     """An evaluation repeats, and networks trained together learn what single ones do."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        raw = by_name.read_dataset("ToySAT", Path("."), setup.side, 0.1, zca=False)
+        raw = by_name.read_dataset(by_name.Selection("ToySAT", Path("."), setup.side))
         data = raw.preprocessed(setup.device)
     compiler = Compiler(setup.compile)
     evaluator = Evaluator(

@@ -13,10 +13,11 @@ from conftest import history
 from PIL import Image
 
 from datasets import bands, eurosat, folders, toysat
-from datasets.by_name import DATASETS, Selection, form_of, load_toysat_bands, read_dataset
+from datasets.by_name import DATASETS, Selection, read_dataset
 from datasets.distilled import load_distilled
 from datasets.eurosat import CLASS_NAMES
 from datasets.normalised import channel_statistics
+from datasets.toysat import load_toysat_bands
 from run import report
 from system.process import ReportedError
 
@@ -64,7 +65,8 @@ def folder(tmp_path):
 
 
 def read(folder, text="all", fill_nodata=None):
-    return read_dataset("ImageFolder", folder, SIDE, 0.2, False, Selection(text, fill_nodata))
+    chosen = {"bands": text, "fill_nodata": fill_nodata}
+    return read_dataset(Selection("ImageFolder", folder, SIDE, 0.2, **chosen))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ def test_bands_are_chosen_by_position_in_any_order(scenes):
     assert np.array_equal(part.images.numpy(), whole.images.numpy()[:, [3, 1]])
     assert part.settings["digest"] != whole.settings["digest"]
     assert part.settings["bands"] == ["4", "2"]
-    assert form_of("ImageFolder", scenes, SIDE, Selection("4,2")).channels == 2
+    assert Selection("ImageFolder", scenes, SIDE, bands="4,2").form.channels == 2
 
 
 @pytest.mark.parametrize("dtype", bands.TYPES)
@@ -171,7 +173,7 @@ def test_damaged_files_palettes_and_other_types_are_refused_by_name(folder):
 
 def test_files_that_are_no_geotiffs_or_of_another_side_are_refused(folder):
     with pytest.raises(ReportedError, match="GeoTIFFs are not scaled: give --im_size=8"):
-        read_dataset("ImageFolder", folder, 16, 0.2, False, Selection("all"))
+        read_dataset(Selection("ImageFolder", folder, 16, bands="all"))
     (folder / "lake" / "lake_3.tif").rename(folder / "lake" / "lake_3.png")
     with pytest.raises(ReportedError, match=r"lake_3.png is no GeoTIFF"):
         read(folder)
@@ -292,7 +294,7 @@ def test_pictures_that_are_geotiffs_are_named_with_the_flag_that_reads_them(fold
 
 def test_bands_have_the_order_of_eurosats_files():
     assert list(bands.SENTINEL_2)[-2:] == ["B12", "B8A"]
-    assert form_of("EuroSAT", None, None, Selection("all")).channels == 13
+    assert Selection("EuroSAT", None, bands="all").form.channels == 13
     known = tuple(bands.SENTINEL_2)
     assert bands.chosen_bands("B8A,B01", known, "EuroSAT") == ("B8A", "B01")
 

@@ -72,13 +72,13 @@ def test_toysat_loads_by_name_without_a_folder(tmp_path):
 
 @pytest.mark.parametrize("side", [16, 128])
 def test_toysat_is_scaled_to_any_side_and_is_other_data_then(tmp_path, side):
-    drawn = by_name.load_toysat(tmp_path, per_class=2)
-    scaled = by_name.load_toysat(tmp_path, side, per_class=2)
+    drawn = toysat.load_toysat(tmp_path, per_class=2)
+    scaled = toysat.load_toysat(tmp_path, side, per_class=2)
     assert scaled.images.shape == (20, 3, side, side) and scaled.images.dtype == torch.uint8
     assert torch.equal(scaled.labels, drawn.labels) and scaled.digest != drawn.digest
     means, drawn_means = (x.images.float().mean((2, 3)) for x in (scaled, drawn))
     torch.testing.assert_close(means, drawn_means, rtol=0, atol=0.5)
-    assert by_name.form_of("ToySAT", tmp_path, side) == Form(10, side)
+    assert by_name.Selection("ToySAT", tmp_path, side).form == Form(10, side)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def splits(tmp_path):
 
 
 def read(folder, split):
-    return read_dataset("EuroSAT", folder, None, 0.5, False, Selection(split=split))
+    return read_dataset(Selection("EuroSAT", folder, val_fraction=0.5, split=split))
 
 
 def test_lists_decide_the_split_and_its_digest(tiny_folder, splits):

@@ -96,7 +96,7 @@ def test_compilation_and_bfloat16_change_a_run_only_a_little(
 
 
 def test_on_toysat_a_linear_classifier_does_clearly_worse_than_the_convnet(tmp_path):
-    raw = by_name.read_dataset("ToySAT", tmp_path, None, 0.1, zca=False)
+    raw = by_name.read_dataset(by_name.Selection("ToySAT", tmp_path))
     data = raw.preprocessed(torch.device("cpu"))
     augment = Augment(64)
 
