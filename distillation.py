@@ -176,7 +176,7 @@ def find_experts(args, student):
     if follows:
         segments = args.max_start_epoch, args.expert_epochs
         experts.check_epochs(*segments)
-        experts = experts.check_segments(*segments, args.skip_damaged)
+        experts = experts.with_whole_segments(*segments, args.skip_damaged)
     return experts
 
 

@@ -71,7 +71,8 @@ class Plan(NamedTuple):
     images: torch.Tensor  # (N, C, H, H)
     labels: torch.Tensor  # classes (n,), or probabilities (n, classes)
     alpha: float  # α, the learning rate
-    key: tuple  # with the network's name, seeds all that is random about it
+    key: tuple  # with the network's name and number, seeds all that is random about it
+    number: int = 0
 
 
 class Trainee(NamedTuple):
@@ -166,8 +167,8 @@ class Evaluator:
         """A `Plan` for each of `num_eval` networks, of what a call takes."""
         numbers = range(self.num_eval)
         if is_one_set(images):
-            return [Plan(images, labels, alpha, (key, number)) for number in numbers]
-        return [Plan(images[n], labels[n], alpha, (key, n)) for n in numbers]
+            return [Plan(images, labels, alpha, key, number) for number in numbers]
+        return [Plan(images[n], labels[n], alpha, key, n) for n in numbers]
 
     def evaluate(self, name, plans):
         """`Scores` of networks called `name`, one for each of `plans`, of all ranks."""
@@ -203,8 +204,7 @@ class Evaluator:
 
     def fresh(self, name, plan):
         """A `Trainee` called `name`, with initial weights."""
-        key, number = plan.key
-        random = utils.make_generator("evaluation", *key, name, number)
+        random = utils.make_generator("evaluation", *plan.key, name, plan.number)
         network = utils.initial_network(name, self.data.form, random, self.data.device)
         return Trainee(plan, network, self.compiler(network), random)
 
@@ -249,7 +249,7 @@ class Evaluator:
         `epochs // 2 + 1`, a tenth of the learning rate and a fresh optimiser. Yields after each
         epoch.
         """
-        images, labels, alpha, _ = trainee.plan
+        images, labels, alpha = trainee.plan[:3]
         optimizer = training.fresh_sgd(trainee.network, alpha)
         for epoch in range(self.epochs + 1):
             stop.check()
@@ -349,7 +349,7 @@ def search_alphas(evaluator, images, labels, key):
     """
     if not is_one_set(images):
         images, labels = images[0], labels[0]
-    plans = [Plan(images, labels, alpha, ((*key, "search"), 0)) for alpha in ALPHAS]
+    plans = [Plan(images, labels, alpha, (*key, "search")) for alpha in ALPHAS]
 
     def validate(network, forward):
         found = evaluator.accuracy(network, forward, *evaluator.data.val)

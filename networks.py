@@ -116,13 +116,24 @@ class ConvNet(nn.Module):
 
 
 def layers_of(modules, x):
-    """The features after each activation among modules in sequence, and after the last module."""
+    """The features after each activation among modules in sequence, and the last, flattened."""
     found = []
     for module in modules:
         x = module(x)
         if isinstance(module, (nn.ReLU, nn.LeakyReLU, nn.Sigmoid)):
             found.append(x)
-    return [*found, x]
+    return [*found, x.flatten(1)]
+
+
+class LastFeatures(nn.Module):
+    """The features that a network's last layer takes, [(B, D)], as a network of their own."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network.layers(x)[-1:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,13 +186,13 @@ class ResNet18(nn.Module):
         self.classifier = nn.Linear(512 * (im_size // 32) ** 2, num_classes)
 
     def forward(self, x):
-        return self.classifier(self.layers(x)[-1].flatten(1))
+        return self.classifier(self.layers(x)[-1])
 
     def layers(self, x):
         found = [F.relu(self.bn1(self.conv1(x)))]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             found.append(stage(found[-1]))
-        return [*found, F.avg_pool2d(found[-1], 4)]
+        return [*found, F.avg_pool2d(found[-1], 4).flatten(1)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ class Unroll:
 
 
 class AutogradUnroll(Unroll):
-    """The reference: double backward through all N steps, whose graph is kept. Never compiled."""
+    """The reference: double backward through all N steps, uncompiled, whose graph is kept."""
 
     def __call__(self, theta_start, objective, synthetic, syn_lr, batches):
         """L () and its exact gradients with respect to each of `synthetic` and to α ().

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import utils
+from networks import LastFeatures
 from system import files
 from system.process import ReportedError, first_line, is_out_of_memory
 
@@ -206,10 +207,10 @@ class Experts:
     def warn_of_few_steps(self, syn_steps, expert_epochs, num_train):
         """Warn if a student takes more steps than the experts that it follows, of `num_train`."""
         recorded = [expert.record["training"] for expert in self.members if expert.record]
-        epochs = [-(-num_train // training["batch_size"]) for training in recorded]  # their steps
-        if not epochs:
+        of_epochs = [-(-num_train // training["batch_size"]) for training in recorded]
+        if not of_epochs:
             return
-        steps = min(epochs) * expert_epochs
+        steps = min(of_epochs) * expert_epochs
         if syn_steps > steps:
             warnings.warn(
                 f"--syn_steps={syn_steps} takes the student beyond its experts, whose "
@@ -217,8 +218,8 @@ class Experts:
                 "experts with a smaller --batch_train; else α may become negative"
             )
 
-    def check_segments(self, max_start_epoch, length, skip_damaged):
-        """The same experts without damaged ones. Raises ReportedError unless `skip_damaged`."""
+    def with_whole_segments(self, max_start_epoch, length, skip_damaged):
+        """The experts whose segments are whole. Raises ReportedError, unless `skip_damaged`."""
         whole = []
         for expert in self.members:
             fault = segment_fault(expert.trajectory, max_start_epoch, length)
@@ -266,13 +267,9 @@ class Experts:
     def features(self, student, images):
         """The inputs (B, D) of the first expert's last layer, after its last epoch."""
         theta = flat(self.members[0].trajectory[-1]).to(images.device)
-        *_, last = (m for m in student.network.modules() if isinstance(m, torch.nn.Linear))
-        seen = []
-        hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        for x in images.split(FORWARD_BATCH):
-            student(x, theta)
-        hook.remove()
-        return torch.cat(seen).float()
+        last = student.once(LastFeatures)
+        parts = [last(x, theta)[0] for x in images.split(FORWARD_BATCH)]
+        return torch.cat(parts).float()
 
     def segment(self, expert, epoch, length, device):
         """θ*_t and θ*_{t+M} of an expert, each (P,), for t = `epoch` and M = `length`."""

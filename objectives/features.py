@@ -27,9 +27,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
+from networks import LastFeatures
 from objectives.classwise import NO_TRAINING, loops_of, make_classwise
 from objectives.pairs import in_parts, mean_over_parts
 
@@ -37,18 +37,7 @@ EARLY_WEIGHT, LATE_WEIGHT = 0.1, 1.0  # w_l
 DISCRIMINATION = 0.01
 
 # --------------------------------------------------------------------------------------------------
-# Features of a network, as networks of their own
-
-
-class LastFeatures(nn.Module):
-    """A list of φ (B, D) alone."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        return self.network.layers(x)[-1:]
+# All features of a network, as a network of their own
 
 
 class AllFeatures(LastFeatures):
@@ -84,7 +73,7 @@ def mean_and_last(student):
 
     def real_features(theta, x):
         layers = student(x, theta)
-        return torch.cat([layer.mean(0).flatten() for layer in layers]), layers[-1].flatten(1)
+        return torch.cat([layer.mean(0).flatten() for layer in layers]), layers[-1]
 
     return real_features
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import uuid
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from datasets.set_files import save_set
@@ -118,7 +119,7 @@ def open_run(folder, ranks, settings, flags, state):
             )
         record = None
         if ranks.is_first:
-            record = files.start_run(folder, settings, flags, OBSERVING)
+            record = start_run(folder, settings, flags)
             state.load(folder / CHECKPOINT)
         agree(ranks, settings, flags, state)
         done = len(state.losses)
@@ -130,8 +131,38 @@ def open_run(folder, ranks, settings, flags, state):
         if record and (record.settings, record.flags) != (settings, flags):
             # A finished run stays as it is.
             if not (state.finished and flags["Iteration"] == done):
-                files.change_run(folder, record, settings, flags)
+                change_run(folder, record, settings, flags)
         yield Run(folder, ranks, record and record.wandb_id)
+
+
+def start_run(folder, settings, flags):
+    """The record of the run in `folder`, new or resumed; settings in OBSERVING may differ.
+
+    A setting that one of them lacks has its default there, as the flags say. Raises ReportedError
+    if the run was started with other settings.
+    """
+    record = files.read_run(folder)
+    if record is None:
+        record = files.RunRecord(settings, flags, uuid.uuid4().hex[:8])
+        files.write_json(folder / files.RUN_RECORD, asdict(record))
+        return record
+    names = sorted((settings.keys() | record.settings.keys()) - OBSERVING)
+    before = {name: record.settings.get(name, record.flags.get(name)) for name in names}
+    now = {name: settings.get(name, flags.get(name)) for name in names}
+    if {name for name in names if before[name] != now[name]} == {"experts"}:
+        raise ReportedError(
+            f"{folder} was started with other experts: some were added, removed or retrained. "
+            "Use the same (another --buffer_path), or start again under another --run_name"
+        )
+    files.check_record(folder, before, now, "--run_name")
+    return record
+
+
+def change_run(folder, record, settings, flags):
+    """Record that a run continues with other settings."""
+    files.write_json(
+        folder / files.RUN_RECORD, asdict(replace(record, settings=settings, flags=flags))
+    )
 
 
 @contextmanager

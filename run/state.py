@@ -291,7 +291,7 @@ def fetched(scalars):
 
 
 def on_cpu(tensors):
-    """Copies of tensors by name on the CPU; None for None."""
+    """Tensors by name on the CPU, where they share their memory; None for None."""
     return tensors and {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 

@@ -6,11 +6,10 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -272,7 +271,7 @@ RUN_RECORD = "run.json"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A distillation, as its folder records it."""
+    """A run, as its folder records it."""
 
     settings: dict  # what its result depends on
     flags: dict  # what `--resume` restores
@@ -294,31 +293,3 @@ def read_run(folder, remedy="restore it from a copy, or use another --run_name")
         return None
     except ValueError as error:
         raise ReportedError(f"{path} is damaged ({error}): {remedy}") from None
-
-
-def start_run(folder, settings, flags, may_change=()):
-    """The record of the run in `folder`, new or resumed; settings in `may_change` may differ.
-
-    A setting that one of them lacks has its default there, as the flags say. Raises ReportedError
-    if the run was started with other settings.
-    """
-    record = read_run(folder)
-    if record is None:
-        record = RunRecord(settings, flags, uuid.uuid4().hex[:8])
-        write_json(folder / RUN_RECORD, asdict(record))
-        return record
-    names = sorted((settings.keys() | record.settings.keys()) - set(may_change))
-    before = {name: record.settings.get(name, record.flags.get(name)) for name in names}
-    now = {name: settings.get(name, flags.get(name)) for name in names}
-    if {name for name in names if before[name] != now[name]} == {"experts"}:
-        raise ReportedError(
-            f"{folder} was started with other experts: some were added, removed or retrained. "
-            "Use the same (another --buffer_path), or start again under another --run_name"
-        )
-    check_record(folder, before, now, "--run_name")
-    return record
-
-
-def change_run(folder, record, settings, flags):
-    """Record that a run continues with other settings."""
-    write_json(folder / RUN_RECORD, asdict(replace(record, settings=settings, flags=flags)))

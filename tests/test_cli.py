@@ -11,7 +11,6 @@ import expert_trajectories
 from cli import flags, types
 from cli.parser import Parser
 from run import folder as runs
-from system import files
 from system.process import ReportedError
 
 
@@ -62,7 +61,7 @@ def test_given_flags_win_over_a_preset_and_that_over_the_defaults(parsed):
 
 
 def test_given_flags_win_over_a_saved_run_and_that_over_the_defaults(parsed, tmp_path):
-    files.start_run(tmp_path, {}, {"ipc": 7, "zca": True, "lr_img": 10.0})
+    runs.start_run(tmp_path, {}, {"ipc": 7, "zca": True, "lr_img": 10.0})
     args = parsed(distillation, f"--resume={tmp_path}", "--lr_img=20")
     assert args["lr_img"] == 20  # given
     assert args["ipc"] == 7 and args["zca"] is True  # saved
@@ -72,7 +71,7 @@ def test_given_flags_win_over_a_saved_run_and_that_over_the_defaults(parsed, tmp
 
 
 def test_the_saved_step_size_is_part_of_a_saved_run(parsed, tmp_path):
-    files.start_run(tmp_path, {}, {"lr_teacher": 0.01})
+    runs.start_run(tmp_path, {}, {"lr_teacher": 0.01})
     assert parsed(distillation, f"--evaluate={tmp_path}")["lr_teacher"] is None  # it has no α
     assert parsed(distillation, f"--resume={tmp_path}")["lr_teacher"] == 0.01
 
@@ -84,7 +83,7 @@ def test_evaluating_all_training_images_takes_fewer_epochs_unless_told(parsed):
 
 
 def test_a_preset_and_a_saved_run_exclude_each_other(parsed, tmp_path, capsys):
-    files.start_run(tmp_path, {}, {"ipc": 1})
+    runs.start_run(tmp_path, {}, {"ipc": 1})
     for command in ("resume", "evaluate"):
         with pytest.raises(SystemExit):
             parsed(distillation, f"--{command}={tmp_path}", "--preset=cifar10-1")
@@ -120,7 +119,7 @@ def test_home_is_found_also_after_an_equals_sign(parsed, monkeypatch, tmp_path):
 def test_kept_flags_read_back_as_they_were(parsed, tmp_path):
     given = ["--zca", "--ipc=3", "--lr_lr=1e-7", "--data_path=here", f"--log_dir={tmp_path}"]
     args = argparse.Namespace(**parsed(distillation, *given))
-    files.start_run(tmp_path, {}, runs.run_flags(args))
+    runs.start_run(tmp_path, {}, runs.run_flags(args))
     again = parsed(distillation, f"--resume={tmp_path}")
     assert again["data_path"] == Path("here").resolve()  # wherever it is resumed
     different = {name for name in again if again[name] != vars(args)[name]}
@@ -142,7 +141,7 @@ def test_kept_flags_read_back_as_they_were(parsed, tmp_path):
     ],
 )
 def test_a_foreign_run_cannot_say_more_than_a_run_does(parsed, tmp_path, flags, fault):
-    files.start_run(tmp_path, {}, flags)
+    runs.start_run(tmp_path, {}, flags)
     for command in ("resume", "evaluate"):
         with pytest.raises(ReportedError, match=f"run.json is damaged .*{fault}") as error:
             parsed(distillation, f"--{command}={tmp_path}")

@@ -11,12 +11,12 @@ from torch.nn.utils import parameters_to_vector
 import kernels
 import utils
 from datasets.preprocessing import Data, Form
+from networks import LastFeatures
 from objectives import OBJECTIVES, gradients
 from objectives.classwise import NO_TRAINING, Classwise, Loops, Networks, loops_of
 from objectives.features import (
     AlignFeatures,
     AllFeatures,
-    LastFeatures,
     MatchDistributions,
     class_means,
     mean_and_last,

@@ -50,19 +50,19 @@ def test_on_the_device_segments_are_the_same():
 def test_a_damaged_expert_is_named_or_left_out(values, fault):
     damaged = Experts([expert_of(*values)])
     with pytest.raises(ReportedError, match=f"{NAME} {fault}.*--skip_damaged"):
-        damaged.check_segments(1, 2, skip_damaged=False)
+        damaged.with_whole_segments(1, 2, skip_damaged=False)
     whole = Experts([expert_of(0, 1, 2)])
     both = Experts(damaged.members + whole.members)
     with pytest.warns(UserWarning, match=fault):
-        assert both.check_segments(1, 2, skip_damaged=True).members == whole.members
+        assert both.with_whole_segments(1, 2, skip_damaged=True).members == whole.members
     message = "no expert is left"
     with pytest.warns(UserWarning, match=fault), pytest.raises(ReportedError, match=message):
-        damaged.check_segments(1, 2, skip_damaged=True)
+        damaged.with_whole_segments(1, 2, skip_damaged=True)
 
 
 def test_only_segments_that_can_be_drawn_are_looked_at():
     experts = Experts([expert_of(0, 1, 2, math.nan)])
-    assert experts.check_segments(1, 2, skip_damaged=False).members == experts.members
+    assert experts.with_whole_segments(1, 2, skip_damaged=False).members == experts.members
 
 
 @pytest.mark.parametrize(

@@ -105,35 +105,33 @@ def attacks(study):
     """An `Attack` or two on networks of each kind: on the set, on random images, on all."""
     test = study.data.test
     train = sample(study.data.train, len(test[1]), study.seed)
-    counts = len(train[1]), len(test[1])
     everything = all_images(study.distilled.evaluator)
     found = []
     for training_set in (study.distilled, random_images(study), everything):
         parts = train, test, own_images(training_set)
-        found += attacks_by(losses_of(training_set, parts, study.key), counts, training_set.title)
+        found += attacks_by(losses_of(training_set, parts, study.key), training_set.title)
     return found
 
 
-def attacks_by(losses, counts, title):
-    """Attacks by the losses of each network: on members, on others, and on its own images.
+def attacks_by(losses, title):
+    """Attacks by the losses of each network on members, on others, and on images of its own.
 
-    The last part has the own images of all networks, of which each has an equal share, or none.
+    The last part has those of all networks, of which each has an equal share, or none.
     """
-    count = sum(counts)
-    curves = [roc(each[: counts[0]], each[counts[0] : count]) for each in losses]
-    found = [Attack(title, "training images", counts, curves)]
-    share = (len(losses[0]) - count) // len(losses)
-    if share:
-        curves = []
-        for number, each in enumerate(losses):
-            start = count + number * share
-            curves.append(roc(each[start : start + share], each[counts[0] : count]))
-        found.append(Attack(title, "those images", (share, counts[1]), curves))
+    curves, own_curves = [], []
+    for number, (members, others, own) in enumerate(losses):
+        curves.append(roc(members, others))
+        if len(own):
+            own = np.split(own, len(losses))[number]
+            own_curves.append(roc(own, others))
+    found = [Attack(title, "training images", (len(members), len(others)), curves)]
+    if own_curves:
+        found.append(Attack(title, "those images", (len(own), len(others)), own_curves))
     return found
 
 
 def losses_of(training_set, parts, key):
-    """The losses of each network on images of several parts, one after the other."""
+    """The losses of each network on the images of each part."""
     process.write_line(f"\n{training_set.title}")
     images = torch.cat([images[:] for images, _ in parts])
     labels = torch.cat([labels for _, labels in parts])
@@ -143,7 +141,8 @@ def losses_of(training_set, parts, key):
     diverged = sum(not losses.isfinite().all() for losses in measured)
     (name,) = training_set.evaluator.pool
     warn_of_diverged(name, diverged, len(measured), training_set.alpha)
-    return [losses.numpy() for losses in measured]
+    ends = np.cumsum([len(labels) for _, labels in parts])[:-1]
+    return [np.split(losses.numpy(), ends) for losses in measured]
 
 
 def sample(part, count, seed):
