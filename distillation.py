@@ -24,12 +24,12 @@ from typing import NamedTuple
 import evaluate_set
 import evaluation
 import training
-import trajectories
 import utils
 from cli import distillation_flags, exclusions, flags
 from cli.parser import Parser
 from cli.presets import preset_flags
 from datasets import by_name, initial_sets, saved_sets, set_files
+from datasets.coresets import REAL_SETS, is_saved
 from datasets.preprocessing import Data, Layout, check_factor
 from evaluation import Evaluator, evaluate_real
 from kernels import centred_targets
@@ -40,10 +40,10 @@ from run import report, show
 from run.folder import default_name, open_run, run_flags, run_settings, saved_if_stopped
 from run.rules import LABELS, Rules
 from run.state import Start, State
-from system import files, machine, process
-from system.machine import Machine
+from system import files, process
+from system.machine import Machine, set_up
 from system.process import Interval, ReportedError
-from trajectories import Experts, load_experts
+from trajectories import Experts
 from uses import TASKS
 
 # --------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def parse_args():
         saved = parser.recorded(given["resume"])
         if not saved:
             parser.error(f"--resume={given['resume']}: no run was started there (no run.json)")
-    elif saved_sets.is_saved(what):
+    elif is_saved(what):
         saved = recorded_set(parser, what)
         if saved and preset:
             parser.error(f"--preset={given['preset']}: the run has its own flags: leave it out")
@@ -82,8 +82,8 @@ def parse_args():
             saved["eval_mode"] = TASKS[given["task"]].eval_mode or "S"
     elif what:  # real images; nothing is learned of them, whatever a preset says
         saved = {"labels": "hard"}
-        if what == "full":
-            saved["epoch_eval_train"] = 50  # an epoch has far more steps
+        if REAL_SETS[what].epochs:
+            saved["epoch_eval_train"] = REAL_SETS[what].epochs
     elif isinstance(start, Path):
         alpha = saved_sets.saved_step_size(start, "--pix_init")
         if alpha:
@@ -103,10 +103,10 @@ def recorded_set(parser, what):
     if not record:
         return {}
     path = set_files.saved_folder(what) / files.RUN_RECORD
-    flags = parser.checked(record.flags, path if path.exists() else what)
-    if not by_name.is_in_use(flags.get("data_path", Path())):
-        flags.pop("data_path", None)
-    return flags
+    recorded = parser.checked(record.flags, path if path.exists() else what)
+    if not by_name.is_in_use(recorded.get("data_path", Path())):
+        recorded.pop("data_path", None)
+    return recorded
 
 
 def settings_of(args):
@@ -131,25 +131,25 @@ class Inputs(NamedTuple):
 def load_inputs(args):
     """Data, experts and networks, each checked before anything slower is loaded."""
     # Milliseconds: what is known from the flags alone.
-    place = machine.set_up(args.device, args.compile, args.amp)
+    machine = set_up(args.device, args.compile, args.amp)
     selection = flags.selection_of(args)
     form = selection.form
     check_factor(args.factor, form)
-    OBJECTIVES[args.objective].check_ranks(args, form, place.ranks.size)
+    OBJECTIVES[args.objective].check_ranks(args, form, machine.ranks.size)
     batch_syn_of(args, form)
     if selection.names:
         report.shown_bands(selection.names, args.show_bands)
-    student = training.make_student(args.model, form, place.amp, place.device)
-    pool = evaluation.make_pool(args.eval_mode, args.model, form, place)
+    student = training.make_student(args.model, form, machine)
+    pool = evaluation.make_pool(args.eval_mode, args.model, form, machine)
 
     # Seconds: files are memory-mapped, and only segments that can be drawn are read.
     experts = find_experts(args, student)
-    print(place, flush=True)
+    print(machine, flush=True)
     raw = by_name.read_dataset(selection)
     experts.check_settings(raw.settings | {"model": args.model})
 
     # Minutes, where images are whitened for the first time.
-    data = raw.preprocessed(place.device)
+    data = raw.preprocessed(machine.device)
     view = report.view_of(data, args.show_bands)
     if OBJECTIVES[args.objective].needs_experts:
         experts.warn_of_few_steps(args.syn_steps, args.expert_epochs, len(data.train[1]))
@@ -157,8 +157,8 @@ def load_inputs(args):
     real_sets = None
     with suppress(ReportedError):  # too few images of a class, which noise does not need
         real_sets = evaluation.random_real_sets(data, layout, args.num_eval, args.seed)
-    evaluator = evaluation.make_evaluator(args, data, pool, place)
-    return Inputs(place, data, experts, student, real_sets, evaluator, view)
+    evaluator = evaluation.make_evaluator(args, data, pool, machine)
+    return Inputs(machine, data, experts, student, real_sets, evaluator, view)
 
 
 def find_experts(args, student):
@@ -167,10 +167,7 @@ def find_experts(args, student):
     has_labels = initial_sets.has_soft_labels(args.pix_init) and not args.label_epoch
     if not follows and (has_labels or not LABELS[args.labels].soft):
         return Experts([])
-    folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
-    experts = load_experts(
-        folder, student.shapes, args.max_files, args.max_experts, args.skip_damaged
-    )
+    experts = flags.experts_of(args, student)
     experts.check_settings({"val_fraction": args.val_fraction})
     experts.check_label_epoch(args.label_epoch)
     if follows:

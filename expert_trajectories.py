@@ -22,14 +22,21 @@ import torch
 import training
 import trajectories
 import utils
-from cli.flags import add_shared_flags, check_split, selection_of, wandb_options
+from cli.flags import (
+    add_shared_flags,
+    check_split,
+    expert_folder_of,
+    selection_of,
+    wandb_options,
+)
 from cli.parser import Parser
 from cli.presets import preset_flags
 from cli.types import boolean, count, fraction, not_negative
 from datasets import by_name
 from reparam_module import student_fault
 from run.wandb_page import Dashboard
-from system import files, machine, process
+from system import files, process
+from system.machine import set_up
 from system.process import ReportedError, stop
 from utils import Augment
 
@@ -192,26 +199,26 @@ def verified(path):
 
 def main():
     args = parse_args()
-    place = machine.set_up(args.device, args.compile, args.amp)
-    print(place, flush=True)
+    machine = set_up(args.device, args.compile, args.amp)
+    print(machine, flush=True)
     selection = selection_of(args)
     form = selection.form
     # An unknown network is refused here, before the data are loaded.
-    network = utils.initial_network(args.model, form, utils.make_generator(0), place.device)
+    network = utils.initial_network(args.model, form, utils.make_generator(0), machine.device)
     fault = student_fault(network)
     if fault:
         warnings.warn(f"distillation.py will refuse these experts, --model={args.model}: {fault}")
 
     # Experts with other settings are refused before minutes of whitening.
-    training = training_settings(args, place.amp)
-    folder = trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
+    training = training_settings(args, machine.amp)
+    folder = expert_folder_of(args)
     seeds_in(folder, training | {"val_fraction": args.val_fraction})
     raw = by_name.read_dataset(selection)
     settings = raw.settings | {"model": args.model}
     seeds_in(folder, settings | training)
-    data = raw.preprocessed(place.device)
+    data = raw.preprocessed(machine.device)
     record = {"settings": settings, "training": training, "versions": process.versions()}
-    record["device"] = str(place)
+    record["device"] = str(machine)
 
     # Hours of training are wasted if the folder cannot be written.
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,9 +238,9 @@ def main():
             with claim(folder, settings | training, wanted) as seed:
                 if seed is None:
                     break
-                line, where = add_expert(args, data, place.compiler, folder, seed, record)
-                place.ranks.print(line)
-    place.ranks.gather(None)  # until all have trained theirs
+                line, where = add_expert(args, data, machine.compiler, folder, seed, record)
+                machine.ranks.print(line)
+    machine.ranks.gather(None)  # until all have trained theirs
     here = seeds_in(folder, settings | training).intersection(wanted)
     others = "" if len(here) == args.num_experts else "; other processes are training the rest"
     print(f"{len(here)} of {args.num_experts} experts are in {folder}{others}")

@@ -83,14 +83,14 @@ def accuracy_of(logits, labels):
 # Networks as functions of their parameters
 
 
-def make_student(model, form, amp, device):
+def make_student(model, form, machine):
     """A network called `model` as a function of its parameters.
 
     Raises ReportedError if that is impossible.
     """
-    network = utils.initial_network(model, form, utils.make_generator(0), device)
+    network = utils.initial_network(model, form, utils.make_generator(0), machine.device)
     try:
-        return ReparamModule(network, amp)
+        return ReparamModule(network, machine.amp)
     except ValueError as error:
         raise ReportedError(f"--model={model}: {error}") from None
 

@@ -3,8 +3,7 @@
 from cli.distillation_flags import defaults_for
 from cli.flags import check_split
 from datasets.bands import RGB
-from datasets.coresets import CORESETS
-from datasets.saved_sets import REAL_SETS, is_saved
+from datasets.coresets import REAL_SETS, is_saved
 from evaluation import names_in
 from kernels import KERNELS
 from objectives import OBJECTIVES
@@ -54,7 +53,8 @@ def check_combinations(parser, args):
         if args.factor > 1 and getattr(args, name):
             reason = "tiles are parts of plain images: leave one out"
             parser.error(f"--factor={args.factor} and --{name} cannot be combined: {reason}")
-    if args.factor > 1 and args.evaluate in (*CORESETS, "full"):
+    real = REAL_SETS.get(args.evaluate)
+    if args.factor > 1 and real and not real.takes_tiles:
         reason = "only random images are cut into tiles: leave one out"
         parser.error(f"--factor={args.factor} and --evaluate={args.evaluate}: {reason}")
     if args.search_alpha and not args.val_fraction:

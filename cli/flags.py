@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+import trajectories
 from cli.presets import PRESETS
 from cli.types import (
     bands,
@@ -138,6 +139,17 @@ def check_split(parser, given):
 def selection_of(args):
     """The `Selection` of data that flags make."""
     return Selection(**{field.name: getattr(args, field.name) for field in fields(Selection)})
+
+
+def expert_folder_of(args):
+    """The folder of the trajectory files of --model."""
+    return trajectories.expert_folder(args.buffer_path, args.dataset, args.zca, args.model)
+
+
+def experts_of(args, student):
+    """The `Experts` in that folder, as the flags of distillation.py choose them."""
+    chosen = args.max_files, args.max_experts, args.skip_damaged
+    return trajectories.load_experts(expert_folder_of(args), student.shapes, *chosen)
 
 
 def wandb_options(args):

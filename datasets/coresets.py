@@ -1,6 +1,8 @@
-"""Coresets: real training images that stand for all of their class."""
+"""Real training images for training: random ones, coresets, all."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -37,11 +39,30 @@ def k_center(features, count):
     return chosen
 
 
-CORESETS = {"herding": herding, "k_center": k_center}
+class RealSet(NamedTuple):
+    """A value of --evaluate that is no saved set: real training images."""
+
+    choose: Callable | None = None  # by features, a coreset; None: no features are needed
+    takes_ipc: bool = True  # else all images
+    takes_tiles: bool = False  # of which several make an image (--factor)
+    epochs: int | None = None  # the default, where it is another than that of small sets
+
+
+REAL_SETS = {
+    "random": RealSet(takes_tiles=True),
+    "herding": RealSet(choose=herding),
+    "k_center": RealSet(choose=k_center),
+    "full": RealSet(takes_ipc=False, epochs=50),  # an epoch has far more steps
+}
+
+
+def is_saved(what):
+    """Tell whether --evaluate names a saved set."""
+    return what is not None and what not in REAL_SETS
 
 
 def coreset(data, ipc, choose, features):
-    """`ipc` training images per class, chosen by one of CORESETS, and their labels.
+    """`ipc` training images per class, chosen by a coreset's `choose`, and their labels.
 
     `features` maps images (B, C, H, H) to the features that they are compared by, (B, D).
     """

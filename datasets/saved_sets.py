@@ -6,20 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from datasets.coresets import CORESETS
+from datasets.coresets import REAL_SETS
 from datasets.preprocessing import PIX_INIT
 from datasets.set_files import find_set, read_record, saved_folder
 from system import files
 from system.process import ReportedError
 
 # What flags take besides saved sets.
-REAL_SETS = ("random", *CORESETS, "full")
 OTHERS = {"--evaluate": ", ".join(REAL_SETS), "--pix_init": ", ".join(PIX_INIT)}
-
-
-def is_saved(what):
-    """Tell whether --evaluate names a saved set."""
-    return what is not None and what not in REAL_SETS
 
 
 class SyntheticSet(NamedTuple):

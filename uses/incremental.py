@@ -83,7 +83,7 @@ def of_classes(training_set, seen, study):
         labels = renumbered(labels, seen)
     data = data_of_classes(study.data, seen)
     (name,) = part.evaluator.pool
-    pool = {name: training.make_sgd_step(name, data.form, study.place)}
+    pool = {name: training.make_sgd_step(name, data.form, study.machine)}
     evaluator = replace(part.evaluator, data=data, pool=pool)
     return replace(part, labels=labels, evaluator=evaluator)
 

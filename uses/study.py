@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import evaluation
 import training
 import utils
-from datasets.coresets import CORESETS, coreset
+from datasets.coresets import coreset, herding
 from datasets.preprocessing import Layout
 from evaluation import Evaluator
 from system.machine import Machine
@@ -91,7 +91,7 @@ class Study:
     classes: torch.Tensor  # of each image (N,), on the CPU
     model: str  # the network that the set was made for
     experts: Experts  # of this network; none, where --buffer_path has none
-    place: Machine
+    machine: Machine
     seed: int
 
     @property
@@ -101,8 +101,7 @@ class Study:
     @property
     def student(self):
         """The network of the experts, as a function of its parameters."""
-        place = self.place
-        return training.make_student(self.model, self.data.form, place.amp, place.device)
+        return training.make_student(self.model, self.data.form, self.machine)
 
     @property
     def key(self):
@@ -155,8 +154,8 @@ def herding_images(study):
     title = "herding" if study.experts.members else "herding, untrained features"
     features = partial(feature_experts(study).features, study.student)
     count = most_of_a_class(study.classes)
-    found = coreset(study.data, count, CORESETS["herding"], features)
-    found = study.place.ranks.from_first([part.cpu() for part in found])  # rounding may differ
+    found = coreset(study.data, count, herding, features)
+    found = study.machine.ranks.from_first([part.cpu() for part in found])  # rounding may differ
     found = [part.to(study.data.device) for part in found]
     return TrainingSet(title, *found, evaluator).subset(alike(study.classes))
 
