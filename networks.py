@@ -242,18 +242,9 @@ NETWORKS = {
     "ConvNet": (ConvNet, {}),
     **{f"ConvNetD{depth}": (ConvNet, {"depth": depth}) for depth in range(1, 9)},
     **{f"ConvNetW{width}": (ConvNet, {"width": width}) for width in (32, 64, 128, 256, 512, 1024)},
-    **{
-        f"ConvNetA{act[0].upper()}": (ConvNet, {"act": act})
-        for act in ("sigmoid", "relu", "leakyrelu")
-    },
-    **{
-        f"ConvNet{norm[0].upper()}N": (ConvNet, {"norm": norm})
-        for norm in ("none", "batch", "layer", "instance", "group")
-    },
-    **{
-        f"ConvNet{pooling[0].upper()}P": (ConvNet, {"pooling": pooling})
-        for pooling in ("none", "max", "avg")
-    },
+    **{f"ConvNetA{act[0].upper()}": (ConvNet, {"act": act}) for act in ACTIVATIONS},
+    **{f"ConvNet{norm[0].upper()}N": (ConvNet, {"norm": norm}) for norm in NORMS},
+    **{f"ConvNet{way[0].upper()}P": (ConvNet, {"pooling": way}) for way in POOLINGS},
     "ResNet18": (ResNet18, {}),
     "ResNet18BN": (ResNet18, {"norm": "batch"}),
     **{f"VGG{depth}": (VGG, {"depth": depth}) for depth in VGG_STAGES},

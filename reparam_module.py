@@ -164,6 +164,8 @@ class Unroll:
     momentum   μ
     """
 
+    shards_batches = True  # whether ranks may split each batch (--shard_batch)
+
     def __init__(
         self,
         student,
@@ -201,6 +203,8 @@ class Unroll:
 
 class AutogradUnroll(Unroll):
     """The reference: double backward through all N steps, uncompiled, whose graph is kept."""
+
+    shards_batches = False
 
     def __call__(self, theta_start, objective, synthetic, syn_lr, batches):
         """L () and its exact gradients with respect to each of `synthetic` and to α ().

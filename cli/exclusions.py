@@ -7,6 +7,7 @@ from datasets.coresets import REAL_SETS, is_saved
 from evaluation import names_in
 from kernels import KERNELS
 from objectives import OBJECTIVES
+from reparam_module import UNROLLS
 from run.rules import LABELS
 from uses import TASKS
 
@@ -47,8 +48,8 @@ def check_combinations(parser, args):
     if args.label_epoch and not is_soft:
         reason = "hard labels are the classes: add --labels=soft or learned"
         parser.error(f"--label_epoch={args.label_epoch}: {reason}")
-    if args.shard_batch and args.unroll == "autograd":
-        parser.error("--shard_batch and --unroll=autograd cannot be combined: leave one out")
+    if args.shard_batch and not UNROLLS[args.unroll].shards_batches:
+        parser.error(f"--shard_batch and --unroll={args.unroll} cannot be combined: leave one out")
     for name in ("texture", "zca"):
         if args.factor > 1 and getattr(args, name):
             reason = "tiles are parts of plain images: leave one out"

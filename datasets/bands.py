@@ -177,7 +177,9 @@ def check_fill(fill_nodata, dtype):
 
 def decode_rasters(paths, form, fill_nodata):
     """GeoTIFFs of one form as a tensor (N, C, H, W) in their type, read in parallel."""
-    images = torch.empty(len(paths), *form[:1], *form[2:], dtype=getattr(torch, form.dtype))
+    images = torch.empty(
+        len(paths), form.count, form.height, form.width, dtype=getattr(torch, form.dtype)
+    )
     pixels = images.numpy()  # of the same memory
 
     def decode(index):

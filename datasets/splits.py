@@ -58,8 +58,11 @@ def check_sizes(sizes, val_fraction, tests):
     if not small:
         return
     named = ", ".join(f"{name} ({size})" for name, size in small.items())
-    parts = [f"{TEST_FRACTION:.0%} for testing"] * tests
-    parts += [f"--val_fraction={val_fraction} for validation"] * (val_fraction > 0)
+    parts = []
+    if tests:
+        parts.append(f"{TEST_FRACTION:.0%} for testing")
+    if val_fraction:
+        parts.append(f"--val_fraction={val_fraction} for validation")
     # What helps all of them: another fraction, none, or more images.
     helpful = [f for f in (0.1, 0.2, 0.3, 0.5, 0) if not any(lacks(n, f) for n in small.values())]
     remedy = "add images, or move their folders away"

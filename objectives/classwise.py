@@ -16,7 +16,7 @@ import utils
 from datasets.preprocessing import Form
 from objectives.pairs import Pairs
 from objectives.segments import student_augment
-from reparam_module import AdjointUnroll
+from reparam_module import Unroll
 from run.state import Step
 from system.process import ReportedError
 from system.ranks import Ranks
@@ -132,7 +132,7 @@ def make_classwise(args, inputs, state, goal, loops):
     data, compiler = inputs.data, inputs.machine.compiler
     check_balance(state.label_syn, data.form)
     augment = student_augment(args, data.form, utils.group_function(compiler, data.device))
-    train = AdjointUnroll(inputs.student, state.batch_maker(augment), compiler.function)
+    train = Unroll(inputs.student, state.batch_maker(augment), compiler.function)
     labels = data.train[1].cpu()
     members = [torch.nonzero(labels == label).flatten() for label in range(data.form.num_classes)]
     batch = min(args.batch_objective, *map(len, members))

@@ -76,13 +76,16 @@ class Pairs:
 
     def draw(self, state, random):
         labels = state.label_syn.cpu()
-        batches = []
+        real_batches, syn_batches = [], []
         for label, members in enumerate(self.members):
             real = members[torch.randperm(len(members), generator=random)[: self.batch]]
             syn = torch.nonzero(labels == label).flatten()
-            batches += self.siamese([real, syn], random)
-        batches = utils.to_device(batches, state.label_syn.device)
-        draws = [Draw(*pair) for pair in zip(batches[::2], batches[1::2])]
+            real_batch, syn_batch = self.siamese([real, syn], random)
+            real_batches.append(real_batch)
+            syn_batches.append(syn_batch)
+        batches = utils.to_device([*real_batches, *syn_batches], state.label_syn.device)
+        count = len(self.members)
+        draws = [Draw(*pair) for pair in zip(batches[:count], batches[count:])]
         image_syn = state.learned["images"].detach().requires_grad_(True)
         augments = replace(self.augment, factor=1), self.augment
         return Views(self.data.train, image_syn, state.label_syn, augments, draws)

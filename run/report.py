@@ -124,7 +124,8 @@ def shown_bands(names, show_bands):
     if show_bands is None:
         if set(RED_GREEN_BLUE) <= set(names):
             return RED_GREEN_BLUE
-        return (*names, *names[-1:] * 2)[:3]  # of fewer than three, the last is repeated
+        last = len(names) - 1
+        return tuple(names[min(place, last)] for place in range(3))  # of fewer, the last again
     chosen = show_bands.split(",")
     if len(chosen) != 3 or not set(chosen) <= set(names):
         raise ReportedError(

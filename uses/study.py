@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 import evaluation
@@ -114,7 +115,7 @@ class Outcome(NamedTuple):
 
     table: str  # to be printed
     content: dict  # of its JSON file
-    picture: object  # matplotlib's Figure
+    picture: Figure
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,6 +196,4 @@ def alike(classes):
 
 def new_figure(width, height):
     """An empty Figure, sides in inches."""
-    from matplotlib.figure import Figure  # when needed: it takes a third of a script's start
-
     return Figure(figsize=(width, height), layout="constrained")
