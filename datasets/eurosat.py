@@ -152,7 +152,7 @@ def find_eurosat(data_path, archive=None, edition=RGB_EDITION):
         f"({CLASS_NAMES[0]}, ...) in {', '.join(edition.folders)} and for "
         f"{' or '.join(edition.archives)}"
     )
-    other = BANDS_EDITION if edition.has_download else RGB_EDITION
+    (other,) = (each for each in (RGB_EDITION, BANDS_EDITION) if each is not edition)
     if class_parent(data_path, other) or find_archive(data_path, other):
         where += f"; the {other.title} edition is there, for --bands={other.bands}"
     if not edition.has_download:

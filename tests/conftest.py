@@ -68,25 +68,31 @@ def pytest_collection_modifyitems(items):
 
 
 def history(folder):
-    """The rows that an offline run logged, as dictionaries, from its first start to its last.
+    """The rows that an offline run logged, as dictionaries, from its first start to its last."""
+    return [row for path in pages(folder) for row in rows_of(path)]
+
+
+def pages(folder):
+    """The files of the offline runs in a folder, once all have rows.
 
     On a busy machine, wandb's own process may write them after the script's end.
     """
     for _ in range(40):
-        if rows := rows_of(folder):
-            return rows
+        found = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+        if found and all(rows_of(path) for path in found):
+            break
         time.sleep(0.25)
-    return []
+    return found
 
 
-def rows_of(folder):
+def rows_of(path):
+    """The rows in a .wandb file."""
     rows = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in records_of(path.read_bytes()):
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                names = (item.key or "|".join(item.nested_key) for item in items)
-                rows.append(dict(zip(names, (json.loads(item.value_json) for item in items))))
+    for record in records_of(path.read_bytes()):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            names = (item.key or "|".join(item.nested_key) for item in items)
+            rows.append(dict(zip(names, (json.loads(item.value_json) for item in items))))
     return rows
 
 

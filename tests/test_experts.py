@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import history, records_of
+from conftest import pages, records_of, rows_of
 from outcomes import assert_same_experts, experts_by_seed, folder_with
 
 import trajectories
@@ -61,19 +61,18 @@ def test_each_expert_is_a_run_on_wandb_in_the_group_of_its_folder(
     done = run_here(SCRIPT, *flags, "--wandb_mode=offline", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = folder_with(tmp_path)
-    rows = history(folder)
-    assert [row["Epoch"] for row in rows] == [1, 2, 3] * 2
-    records = [trajectories.read_record(path) for path in trajectories.expert_files(folder)]
-    for key in ("loss", "train_accuracy", "test_accuracy"):
-        curves = [value for record in records for value in record["expert"][key]]
-        assert [row[key.title()] for row in rows] == pytest.approx(curves)
-    names = []
-    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+    rows = {}  # of each page; experts of the same second have files in any order
+    for path in pages(folder):
         parts = records_of(path.read_bytes())
         (page, *_) = (part.run for part in parts if part.WhichOneof("record_type") == "run")
         assert page.run_group == "experts ImageFolder_NO_ZCA/ConvNetW32"
-        names.append(page.display_name)
-    assert sorted(names) == ["expert 0", "expert 1"]
+        rows[page.display_name] = rows_of(path)
+    assert rows.keys() == {"expert 0", "expert 1"}
+    for number, path in enumerate(trajectories.expert_files(folder)):
+        expert, logged = trajectories.read_record(path)["expert"], rows[f"expert {number}"]
+        assert [row["Epoch"] for row in logged] == [1, 2, 3]
+        for key in ("loss", "train_accuracy", "test_accuracy"):
+            assert [row[key.title()] for row in logged] == pytest.approx(expert[key])
 
 
 def test_more_experts_are_added_and_equal_those_of_one_run(
