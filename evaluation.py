@@ -365,8 +365,9 @@ def search_alphas(evaluator, images, labels, key):
         for start in range(0, len(plans), at_once):
             reached += evaluator.measure(name, plans[start : start + at_once], validate)
         by_alpha = dict(zip(ALPHAS, reached))
-        for alpha, (_, accuracy) in by_alpha.items():
-            process.write_line(f"{name:12} α = {alpha:<7g} {accuracy:7.2%}")
+        for alpha, (is_finite, accuracy) in by_alpha.items():
+            fault = "" if is_finite else " (diverged)"
+            process.write_line(f"{name:12} α = {alpha:<7g} {accuracy:7.2%}{fault}")
         best[name] = max(by_alpha, key=by_alpha.get)
     return best
 

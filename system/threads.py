@@ -12,9 +12,9 @@ def in_threads(iterators, each_alone, bar):
     """Exhaust iterators, and count on a bar what they yield.
 
     With `each_alone`, each has a thread of PyTorch's to itself, and as many as there are run at the
-    same time: if operations are small, that is faster than splitting operations. They take turns,
-    so that all end together. Otherwise, one runs after the other, with all threads. An exception in
-    one of them is raised here, and ends the others.
+    same time: if operations are small, that is faster than splitting operations. Otherwise, one
+    runs at a time, with all threads. They take turns, so that all end together. An exception in one
+    of them is raised here, and ends the others.
     """
     queue = deque(iterators)
     threads = torch.get_num_threads()

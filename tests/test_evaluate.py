@@ -150,7 +150,7 @@ def test_alpha_is_chosen_for_each_network_by_validation_accuracy(evaluate, saved
     assert record["syn_lr"][MODEL] == 0.01 and f"α = 0.01 ({MODEL})" in out
     assert record["syn_lr"].keys() == record["scores"].keys() == {MODEL, "MLP"}
     assert len(record["scores"]["MLP"]["test"]) == 2
-    assert out.count("α = 1e+10") == 2  # tried for each
+    assert out.count("α = 1e+10") == out.count("(diverged)") == 2  # tried for each
 
 
 def test_evaluations_with_other_settings_do_not_overwrite_each_other(run_here, saved, tmp_path):
@@ -172,6 +172,8 @@ def test_mtts_bare_tensors_need_a_step_size(evaluate, refuse, run_here, saved, f
     done = run_here(SCRIPT, *flags, f"--evaluate={bare}", "--export=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr  # no network is trained
     assert torch.load(tmp_path / "out" / "dd_ranking.pt", weights_only=True)["syn_lr"] is None
+    _, exported = evaluate(*flags, f"--evaluate={tmp_path / 'out'}", "--lr_teacher=0.03")
+    assert exported["scores"] == record["scores"]
 
 
 def test_random_and_full_are_the_baselines(evaluate, flags):
