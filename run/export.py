@@ -28,7 +28,7 @@ def exported_record(args, data):
         flags = record.flags
         settings["pix_init"] = record.settings.get("pix_init")
     left_out = {name for name in flags if isinstance(getattr(args, name), Path)}
-    if flags["lr_teacher"] is None:  # of a set without α
+    if flags.get("lr_teacher") is None:  # of a set without α
         left_out.add("lr_teacher")
     flags = {name: flags[name] for name in flags.keys() - left_out - OF_THIS_MACHINE}
     return {"settings": settings, "flags": flags | {"factor": args.factor}, "wandb_id": ""}

@@ -174,6 +174,8 @@ def test_mtts_bare_tensors_need_a_step_size(evaluate, refuse, run_here, saved, f
     assert torch.load(tmp_path / "out" / "dd_ranking.pt", weights_only=True)["syn_lr"] is None
     _, exported = evaluate(*flags, f"--evaluate={tmp_path / 'out'}", "--lr_teacher=0.03")
     assert exported["scores"] == record["scores"]
+    done = run_here(SCRIPT, *flags, "--evaluate=out", "--export=again", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_random_and_full_are_the_baselines(evaluate, flags):
